@@ -1,0 +1,70 @@
+"""Checkpoints: orbax behind one door. Saved asynchronously, restored onto any mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lsdl.state import TrainState
+
+_policies = ocp.checkpoint_managers
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep_latest`, and the `keep_best` by valid loss.
+
+    A save returns once the arrays are copied off the devices; the files are written behind the
+    next steps. `close` waits for them.
+    """
+
+    def __init__(self, path: Path, *, keep_latest: int = 1, keep_best: int = 0):
+        kept: list[Any] = [_policies.LatestN(keep_latest)]
+        if keep_best:
+            by_loss = lambda metrics: -metrics["loss"]  # noqa: E731  (orbax keeps the highest)
+            kept.append(_policies.BestN(get_metric_fn=by_loss, n=keep_best))
+        self._manager = ocp.CheckpointManager(
+            path,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_policies.AnyPreservationPolicy(kept),
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, *, meta: dict, metrics: dict | None) -> None:
+        """Save `state` as `step`; `metrics` (of the valid split) are what `keep_best` compares.
+
+        A later step may donate `state`: its values are copied before this returns.
+        """
+        if step in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        )
+        if not self._manager.save(step, args=args, metrics=metrics, force=True):
+            raise RuntimeError(f"Orbax refused to save step {step}.")
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        """The state of `step` with the shapes and shardings of `abstract`, and its meta data."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=args)
+        return restored["state"], restored["meta"]
+
+    def close(self) -> None:
+        """Wait for what is being written, then let go."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def with_shardings(abstract: TrainState, shardings: TrainState) -> TrainState:
+    """`abstract` with the shardings that a restore is to give its arrays."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )

@@ -1,0 +1,288 @@
+"""Experiment configs: load by path, override, lock, validate; durations become steps here.
+
+A config file has `get_config(arg)`, which starts from `template()`, fills it in and returns it
+locked. What the template holds is the whole schema: there is no default below this module.
+"""
+
+import ast
+import importlib.util
+import json
+import math
+import os
+import re
+
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
+
+from lsdl.errors import UserError, nearest
+
+UNITS = {"steps": int, "epochs": float, "examples": int, "tokens": int, "percent": float}
+DURATIONS = ("total", "optim.schedule.warmup", "eval.every", "checkpoint.every", "log.every")
+
+# What a resumed run may change: nothing here enters the mathematics of a step.
+RESUMABLE = re.compile(
+    r"(mesh|rules|partitioner|remat|total_\w+)$|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$"
+)
+
+
+def template() -> ConfigDict:
+    """The schema of every experiment, with the values that most of them share."""
+    config = ConfigDict()
+    config.name = ""
+    config.seed = 0
+    config.task = "classification"
+
+    config.batch_size = 128  # global batch: examples per optimizer update
+    config.accum = 1  # microbatches per update
+    config.precision = "float32"  # of the computation: float32 | bfloat16; parameters are float32
+    _durations(config, "total")
+
+    config.mesh = "data=-1"  # ordered axes, one -1 takes the devices that are left
+    config.rules = "fsdp_tp"  # dp | fsdp | tp | fsdp_tp: logical axis -> mesh axes
+    config.partitioner = "jit"  # jit | shard_map | pmap
+    config.remat = "none"  # none | full | dots
+
+    config.model = ConfigDict({"name": ""})  # the other fields are the model's own
+
+    config.data = ConfigDict()
+    config.data.source = ""  # digits | tfds:NAME
+    config.data.train_split = "train"
+    config.data.valid_split = "valid"
+    config.data.test_split = "test"
+    config.data.train_examples = placeholder(int)  # only for a set without a card in lsdl
+    config.data.valid_examples = placeholder(int)
+    config.data.test_examples = placeholder(int)
+    config.data.sampling = "epoch"  # epoch: a permutation each epoch | replace: independent draws
+    config.data.transforms = ()  # of training examples, in this order: "shift:1", "flip", ...
+    config.data.in_memory_mib = 256  # a split up to this size is decoded once and kept
+    config.data.prefetch = 2  # batches made and sent to the devices ahead of the step
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # sgd | adam | adamw | lars | lamb
+    config.optim.momentum = 0.9  # sgd, lars
+    config.optim.nesterov = False  # sgd, lars
+    config.optim.b1 = 0.9  # adam, adamw, lamb
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.trust_coefficient = 0.001  # lars
+    config.optim.weight_decay = 0.0
+    config.optim.clip_norm = 0.0  # global norm of the gradient; 0 turns clipping off
+    # (regex, value) in order, the first match wins, every parameter must match one
+    config.optim.decay_mask = ((r".*/(bias|scale)", False), (r".*", True))
+    config.optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars
+    config.optim.schedule = ConfigDict()
+    config.optim.schedule.name = "warmup_cosine"  # constant | warmup_cosine | step | exponential
+    config.optim.schedule.peak = 1e-3
+    config.optim.schedule.end_factor = 0.0  # last rate / peak (warmup_cosine, exponential)
+    config.optim.schedule.boundaries_percent = (50.0, 75.0)  # of the run (step)
+    config.optim.schedule.step_factor = 0.1  # at each boundary (step)
+    _durations(config.optim.schedule, "warmup")
+
+    for group in ("eval", "checkpoint", "log"):
+        config[group] = ConfigDict()
+        _durations(config[group], "every")
+    config.checkpoint.keep_latest = 2
+    config.checkpoint.keep_best = 1  # by the lowest valid loss
+    config.log.tensorboard = True
+    return config
+
+
+def _durations(group: ConfigDict, name: str) -> None:
+    for unit, kind in UNITS.items():
+        if (name, unit) != ("total", "percent"):
+            group[f"{name}_{unit}"] = placeholder(kind)
+
+
+def parse_arg(arg: str | None, *choices: str) -> set[str]:
+    """The comma-separated words behind `configs/x.py:`, each one of `choices`."""
+    words = {word for word in (arg or "").split(",") if word}
+    for word in sorted(words - set(choices)):
+        raise UserError(
+            f"The config has no variant {word!r}; {nearest(word, choices)}"
+            if choices
+            else f"The config has no variants, so {word!r} behind the colon must go."
+        )
+    return words
+
+
+def load(path: str, overrides: list[str] = ()) -> tuple[FrozenConfigDict, dict]:
+    """Read the config `path[:arg]`, apply `--config.a.b=value` overrides, validate.
+
+    Returns the frozen config and {field: value} of the overrides.
+    Raises `UserError` for a file that cannot be loaded, an unknown field, a wrong type, two
+    spellings of one duration on the command line, or none at all.
+    """
+    config = _read(path)
+    given = {}
+    arguments = list(overrides)
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("--config."):
+            raise UserError(
+                f"Unknown argument {argument!r}: write config fields as --config.FIELD=VALUE."
+            )
+        field, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            if not arguments or arguments[0].startswith("--"):
+                raise UserError(f"--config.{field} has no value: write --config.{field}=VALUE.")
+            text = arguments.pop(0)
+        given[field] = _override(config, field, text)
+    _clear_siblings(config, given)
+    validate(config)
+    return FrozenConfigDict(config), given
+
+
+def _override(config: ConfigDict, field: str, text: str):
+    """Set `field` from its command-line `text`, keeping the field's type."""
+    if field not in flatten(config):
+        raise UserError(_unknown_field(field, config))
+    group, _, leaf = field.rpartition(".")
+    for name in filter(None, group.split(".")):
+        config = config[name]
+    kind = config.get_type(leaf)
+    try:
+        value = _parse(text, kind)
+    except (ValueError, SyntaxError, KeyError) as error:
+        example = {bool: "true or false", tuple: "('a', 'b')"}.get(kind, f"of type {kind.__name__}")
+        raise UserError(f"--config.{field}={text}: the value must be {example}.") from error
+    config[leaf] = value
+    return value
+
+
+def _parse(text: str, kind: type):
+    if kind is bool:
+        return {"true": True, "false": False, "True": True, "False": False}[text]
+    if kind is tuple:
+        value = ast.literal_eval(text)
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+    return kind(text)
+
+
+def _read(path: str) -> ConfigDict:
+    """What the file's `get_config(arg)` returns."""
+    file, _, arg = path.partition(":")
+    spec = importlib.util.spec_from_file_location("lsdl_config", file)
+    if spec is None or not os.path.isfile(file):
+        raise UserError(f"There is no config file {file!r}: give the path of a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"The config file {file!r} has no function get_config(arg).")
+    return module.get_config(arg)
+
+
+def _unknown_field(word: str, config: ConfigDict) -> str:
+    fields = flatten(config)
+    group, _, leaf = word.rpartition(".")
+    if any(field.startswith(f"{word}.") for field in fields):
+        return f"The field {word!r} is a group: set one of its fields, {word}.NAME=VALUE."
+    inside = {f.removeprefix(f"{group}."): f for f in fields if group and f.startswith(f"{group}.")}
+    if not inside:
+        return f"The config has no field {word!r}; {nearest(word, fields)}"
+    return f"The config has no field {word!r}; in {group}, {nearest(leaf, inside)}"
+
+
+def _clear_siblings(config: ConfigDict, given: dict) -> None:
+    """A duration given on the command line replaces the file's, whatever its unit."""
+    for name in DURATIONS:
+        group, _, stem = name.rpartition(".")
+        spelled = [f"{name}_{unit}" for unit in UNITS if f"{name}_{unit}" in given]
+        if len(spelled) > 1:
+            raise UserError(f"{spelled[0]} and {spelled[1]} say the same duration: give one.")
+        if spelled:
+            node = config[group] if group else config
+            for unit in UNITS:
+                field = f"{stem}_{unit}"
+                if field in node and f"{name}_{unit}" not in spelled:
+                    node[field] = None
+
+
+def validate(config: ConfigDict) -> None:
+    """Check what needs no device and no data: the schema, the durations, the ranges."""
+    schema = template()
+    fields, own = flatten(schema), ("model.",)
+    actual = flatten(config)
+    for field in fields.keys() - actual.keys():
+        raise UserError(f"The config lacks the field {field!r}: start from lsdl.config.template().")
+    for field in sorted(actual.keys() - fields.keys()):
+        if not field.startswith(own):
+            raise UserError(f"The config has no field {field!r}: {nearest(field, fields)}")
+    for name in DURATIONS:
+        spelled = [f"{name}_{u}" for u in UNITS if actual.get(f"{name}_{u}") is not None]
+        if len(spelled) != 1:
+            given = " and ".join(spelled) or "none"
+            raise UserError(f"Exactly one of {name}_{{{','.join(UNITS)}}} is needed, not {given}.")
+        least = 0 if name.endswith("warmup") else 1e-12
+        if actual[spelled[0]] < least:
+            raise UserError(f"{spelled[0]}={actual[spelled[0]]} must be positive.")
+    for field in ("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"):
+        if actual[field] < 1:
+            raise UserError(f"{field}={actual[field]} must be at least 1.")
+    if not 0 <= actual["seed"] < 2**32:
+        raise UserError(f"seed={actual['seed']} must be within [0, 2^32).")
+    if actual["batch_size"] % actual["accum"]:
+        raise UserError(
+            f"accum={actual['accum']} must divide batch_size={actual['batch_size']}: "
+            f"choose from {_divisors(actual['batch_size'])}."
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def duration_steps(
+    group: ConfigDict, stem: str, *, batch_size: int, steps_per_epoch: int, total_steps: int = 0
+) -> int:
+    """The one duration `stem`_{steps,epochs,examples,tokens,percent} of `group`, in steps.
+
+    An epoch is `steps_per_epoch` steps: the split's examples // batch_size, because training
+    drops the last partial batch. A duration other than 0 is at least one step.
+    """
+    unit = next(u for u in UNITS if group.get(f"{stem}_{u}") is not None)
+    value = group[f"{stem}_{unit}"]
+    if unit == "tokens":
+        raise UserError(f"{stem}_tokens={value} needs a language task: give {stem}_examples.")
+    steps = {
+        "steps": value,
+        "epochs": round(value * steps_per_epoch),
+        "examples": math.ceil(value / batch_size),
+        "percent": round(value / 100 * total_steps),
+    }[unit]
+    return max(steps, 1) if value else 0
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
+    """{"a.b": value} of a config, tuples included, in sorted order."""
+    flat = {}
+    for key in sorted(config):
+        value = config[key]
+        if isinstance(value, ConfigDict | FrozenConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_json(config: ConfigDict) -> dict:
+    """The config as JSON values, in the form that a run folder stores and compares."""
+    return json.loads(json.dumps(flatten(config)))
+
+
+def compare(stored: dict, current: dict) -> dict[str, tuple]:
+    """{field: (stored, current)} of what a resumed run changes (both from `to_json`).
+
+    Raises `UserError` naming the first field that a resume may not change (`RESUMABLE`).
+    """
+    changed = {
+        field: (stored.get(field), current.get(field))
+        for field in sorted(stored.keys() | current.keys())
+        if stored.get(field) != current.get(field)
+    }
+    for field, (old, new) in changed.items():
+        if not RESUMABLE.match(field):
+            raise UserError(
+                f"The workdir holds a run with {field}={old}, and this one has {field}={new}: "
+                "choose another --workdir, or take the change back."
+            )
+    return changed

@@ -1,0 +1,31 @@
+"""What goes wrong, and the exit code of each: one list for all entries."""
+
+FINISHED = 0
+BAD_INPUT = 2
+LOCKED = 73
+SAVED_AND_STOPPED = 75  # SIGTERM: the state is saved, start the same command again
+INTERRUPTED = 130  # Ctrl-C: the state is saved as well
+
+
+class UserError(ValueError):
+    """The user can mend this: one sentence with the value given, the rule and the fix.
+
+    Entries print the sentence without a traceback and leave with `exit_code`.
+    """
+
+    exit_code = BAD_INPUT
+
+
+class LockedError(UserError):
+    """Another trainer owns the workdir."""
+
+    exit_code = LOCKED
+
+
+def nearest(word: str, choices) -> str:
+    """`word`'s best match among `choices` as a hint for an error message, or the whole list."""
+    import difflib
+
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}."

@@ -1,0 +1,291 @@
+"""The host loop. The order within a step is part of the contract; do not change it:
+
+    1. take the batch, which the loader made and sent ahead
+    2. dispatch the step
+    3. write the metrics of the step before: the host never waits for the step it has just sent
+    4. evaluate on valid, if due
+    5. save, if due (so that the save knows the step's valid loss)
+    6. stop, if asked to
+"""
+
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from lsdl.checkpoint import Checkpoints
+from lsdl.data.loader import Loader
+from lsdl.experiment import SPLITS, Experiment
+from lsdl.metrics import JsonLines, TensorBoard, Writers, read_rows
+from lsdl.processes import is_main
+from lsdl.rundir import RunDir
+from lsdl.state import TrainState
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    signal: int | None = None  # that asked it to stop; None: it is complete
+    results: dict[str, dict] = field(default_factory=dict)  # {split: metrics} of the final state
+    examples_per_s: float | None = None  # while training; None if no step was taken
+    wall_s: float = 0.0
+    best_step: int | None = None
+    trained: bool = True
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM as a question the loop asks between steps. A second Ctrl-C interrupts.
+
+    With several processes all of them must stop after the same step: jax's preemption service
+    lets them agree, whichever of them got the signal.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous: dict = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def after(self, step: int) -> bool:
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+def run(experiment: Experiment, folder: RunDir, *, quiet: bool = False) -> Outcome:
+    """Train from the newest checkpoint, or from the start, to the end; then evaluate."""
+    started = time.perf_counter()
+    speak = is_main() and not quiet
+    checkpoints = Checkpoints(
+        folder.checkpoints, keep_latest=experiment.keep_latest, keep_best=experiment.keep_best
+    )
+    writers = None
+    try:
+        first = checkpoints.latest_step() or 0
+        done = _final_results(folder, experiment.total_steps)
+        if first >= experiment.total_steps and done:
+            return Outcome(first, results=done, best_step=_best_step(folder), trained=False)
+        if first:
+            state, _ = checkpoints.restore(first, experiment.abstract_state)
+        else:
+            state = experiment.init()
+        writers = _writers(folder, experiment, after_step=first)
+        with StopRequest() as stop:
+            outcome, state = _train(
+                experiment, state, first, writers, checkpoints, stop, speak=speak
+            )
+        if outcome.signal is None:
+            outcome.results = _final(experiment, state, writers)
+            outcome.best_step = _best_step(folder)
+        outcome.wall_s = time.perf_counter() - started
+        return outcome
+    finally:
+        if writers:
+            writers.close()
+        checkpoints.close()
+
+
+def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
+    """Evaluate the newest checkpoint on every split; None if there is none. Writes nothing."""
+    checkpoints = Checkpoints(folder.checkpoints)
+    try:
+        step = checkpoints.latest_step()
+        if step is None:
+            return None
+        state, _ = checkpoints.restore(step, experiment.abstract_state)
+        results = {
+            split: evaluate(experiment, state, experiment.eval_loader(split)) for split in SPLITS
+        }
+        return Outcome(step, results=results, trained=False)
+    finally:
+        checkpoints.close()
+
+
+def evaluate(experiment: Experiment, state: TrainState, loader: Loader) -> dict[str, float]:
+    """Means over all of the loader's examples, each counted once."""
+    total = None
+    for batch in loader.batches(0, loader.num_batches):
+        sums = experiment.eval_step(state, batch)
+        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+    total = {name: float(value) for name, value in jax.device_get(total).items()}
+    weight = total.pop("weight")
+    return {name: value / weight for name, value in total.items()}
+
+
+def _train(experiment, state, first, writers, checkpoints, stop, *, speak):
+    last = experiment.total_steps
+    if first >= last:
+        return Outcome(first), state
+    compiled = experiment.train_step.lower(
+        experiment.abstract_state, experiment.abstract_batch
+    ).compile()
+    batches = experiment.train_loader().batches(first, last)
+    valid_loader = experiment.eval_loader("valid")
+    clock = _Clock()
+    bar = _bar(first, last, experiment.name, speak)
+    due = lambda step, every: step % every == 0 or step == last  # noqa: E731
+    pending = None  # (step, metrics) dispatched and not yet written
+    step = first
+
+    def flush():
+        nonlocal pending
+        if pending is not None:
+            number, metrics = pending
+            values = jax.device_get(metrics)
+            examples_seen = number * experiment.batch_size
+            rate = clock.lap(number - first)
+            row = values | {"examples_seen": examples_seen, "step_time_s": rate}
+            writers.write(number, "train", row | {"examples_per_s": experiment.batch_size / rate})
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            pending = None
+
+    for step in range(first + 1, last + 1):
+        batch = next(batches)
+        state, metrics = compiled(state, batch)
+        flush()
+        if due(step, experiment.log_every_steps):
+            pending = (step, metrics)
+        bar.update()
+        stopping = stop.after(step) and step < last
+        valid = None
+        if due(step, experiment.eval_every_steps):
+            flush()
+            with clock.pause(bar, state):
+                valid = evaluate(experiment, state, valid_loader)
+            writers.write(step, "valid", valid)
+        if stopping or due(step, experiment.checkpoint_every_steps):
+            flush()
+            with clock.pause(bar, state):
+                meta = {"step": step, "batch_size": experiment.batch_size}
+                checkpoints.save(step, state, meta=meta, metrics=valid)
+        if stopping:
+            break
+    jax.block_until_ready(state)
+    rate = (step - first) * experiment.batch_size / clock.running()
+    bar.close()
+    stopped = stop.signal if step < last else None
+    return Outcome(step, signal=stopped, examples_per_s=rate), state
+
+
+def _final(experiment, state, writers) -> dict[str, dict]:
+    results = {}
+    for split in SPLITS:
+        results[split] = evaluate(experiment, state, experiment.eval_loader(split))
+        writers.write(experiment.total_steps, f"final_{split}", results[split])
+    return results
+
+
+def _final_results(folder: RunDir, step: int) -> dict[str, dict]:
+    """What a complete run wrote at its end: all splits, or nothing."""
+    rows = {row["split"]: row for row in read_rows(folder.metrics) if row["step"] == step}
+    if any(f"final_{split}" not in rows for split in SPLITS):
+        return {}
+    drop = ("step", "split")
+    return {
+        split: {k: v for k, v in rows[f"final_{split}"].items() if k not in drop}
+        for split in SPLITS
+    }
+
+
+def _best_step(folder: RunDir) -> int | None:
+    valid = [row for row in read_rows(folder.metrics) if row["split"] == "valid"]
+    return min(valid, key=lambda row: row["loss"])["step"] if valid else None
+
+
+def _writers(folder: RunDir, experiment: Experiment, *, after_step: int) -> Writers:
+    if not is_main():
+        return Writers([])
+    writers = [JsonLines(folder.metrics, after_step=after_step)]
+    if experiment.tensorboard:
+        writers.append(TensorBoard(folder.tensorboard, after_step=after_step))
+    return Writers(writers)
+
+
+class _Clock:
+    """Time spent training: evaluation and saving are left out, here and in the bar's ETA."""
+
+    def __init__(self):
+        self._start = self._lap_start = time.perf_counter()
+        self._lap_step = 0
+
+    def lap(self, step: int) -> float:
+        """Seconds per step since the last call."""
+        now = time.perf_counter()
+        seconds = (now - self._lap_start) / max(step - self._lap_step, 1)
+        self._lap_start, self._lap_step = now, step
+        return max(seconds, 1e-9)
+
+    def running(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
+
+    def pause(self, bar, state) -> "_Pause":
+        return _Pause(self, bar, state)
+
+
+class _Pause:
+    def __init__(self, clock: _Clock, bar, state):
+        self._clock, self._bar, self._state = clock, bar, state
+
+    def __enter__(self):
+        jax.block_until_ready(self._state)  # what is still running counts as training
+        self._began = time.perf_counter()
+
+    def __exit__(self, *exc):
+        pause = time.perf_counter() - self._began
+        self._clock._start += pause
+        self._clock._lap_start += pause
+        if not self._bar.disable:
+            self._bar.start_t += pause
+            self._bar.last_print_t += pause
+
+
+def _bar(first: int, last: int, name: str, speak: bool) -> tqdm:
+    return tqdm(
+        total=last,
+        initial=first,
+        desc=name,
+        unit="step",
+        disable=not speak,
+        file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 5.0,
+        dynamic_ncols=True,
+    )
+
+
+def table(outcome: Outcome, experiment: Experiment) -> str:
+    """The few lines that a run ends with."""
+    lines = [f"{'split':8}{'examples':>10}{'loss':>10}{'accuracy':>10}"]
+    for split, metrics in outcome.results.items():
+        count = experiment.num_examples[split]
+        lines.append(f"{split:8}{count:>10,}{metrics['loss']:>10.4f}{metrics['accuracy']:>10.4f}")
+    train, test = outcome.results["train"], outcome.results["test"]
+    gap = {name: test[name] - train[name] for name in ("loss", "accuracy")}
+    lines.append(f"{'gap':8}{'':>10}{gap['loss']:>+10.4f}{gap['accuracy']:>+10.4f}  test - train")
+    size = sum(np.prod(p.shape, dtype=int) for p in jax.tree.leaves(experiment.abstract_state.params))
+    facts = [f"{outcome.step:,} steps", f"{size:,} parameters"]
+    if outcome.examples_per_s:
+        facts += [f"{outcome.examples_per_s:,.0f} examples/s", f"{outcome.wall_s:.1f} s in all"]
+    if outcome.best_step is not None:
+        facts.append(f"lowest valid loss at step {outcome.best_step:,}")
+    return "\n".join([*lines, ", ".join(facts)])

@@ -1,0 +1,93 @@
+"""Metrics: means from (sum, weight) pairs, and the writers of the run folder's curves."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+
+def means(sums: dict, weight) -> dict:
+    """{name: sum / weight}: how every mean in lsdl is made, from sums over all devices."""
+    return {name: value / weight for name, value in sums.items()}
+
+
+class JsonLines:
+    """`metrics.jsonl`: one row per (step, split), append-only, each step once."""
+
+    def __init__(self, path: Path, *, after_step: int):
+        """Open `path`; rows beyond `after_step`, which a resumed run writes again, are dropped."""
+        kept = [row for row in read_rows(path) if row["step"] <= after_step]
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "w") as file:
+            file.writelines(_line(row) for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        self._file = open(path, "a")  # noqa: SIM115  (lives as long as the run)
+
+    def write(self, row: dict) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard event files, one tag per split and metric."""
+
+    def __init__(self, path: Path, *, after_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(path), purge_step=after_step + 1)
+
+    def write(self, row: dict) -> None:
+        for name, value in row.items():
+            if name not in ("step", "split"):
+                self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Writers:
+    """All writers of one process as one."""
+
+    def __init__(self, writers: Iterable):
+        self._writers = tuple(writers)
+
+    def write(self, step: int, split: str, values: dict) -> None:
+        row = {"step": int(step), "split": split}
+        row |= {name: _number(value) for name, value in values.items()}
+        for writer in self._writers:
+            writer.write(row)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a `metrics.jsonl`; a torn last line, left by a crash, is skipped."""
+    if not Path(path).exists():
+        return []
+    rows = []
+    lines = Path(path).read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+    return rows
+
+
+def _number(value) -> int | float:
+    value = np.asarray(value)
+    return int(value) if value.dtype.kind in "iu" else float(value)
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row) + "\n"

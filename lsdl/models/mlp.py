@@ -1,0 +1,63 @@
+"""The multilayer perceptron.
+
+Shape letters: B batch, D features, F hidden, C classes.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lsdl.models import remat
+from lsdl.models.layers import Dropout, Dtype, dense
+
+
+class Hidden(nn.Module):
+    """One hidden layer: dense, activation, dropout."""
+
+    features: int
+    activation: str
+    dropout: float
+    dtype: Dtype
+    train: bool
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self, x_BD):
+        he = nn.initializers.he_normal()
+        x_BF = dense(self.features, self.axes, dtype=self.dtype, name="dense", kernel_init=he)(x_BD)
+        x_BF = getattr(nn, self.activation)(x_BF)
+        return Dropout(self.dropout, self.train)(x_BF)
+
+
+class Mlp(nn.Module):
+    """Any input, flattened, through `hidden` layers to logits.
+
+    `(B, ...) -> (B, num_classes)`, float32. Layers alternate between the logical axes `embed` and
+    `mlp`, so that under tensor parallelism each pair needs one all-reduce.
+    """
+
+    hidden: tuple[int, ...]
+    num_classes: int
+    activation: str = "relu"
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x_BD = x.reshape(len(x), -1).astype(self.dtype)
+        layer = remat.wrap(Hidden, self.remat)
+        axes = ("embed", "mlp")
+        for i, features in enumerate(self.hidden):
+            x_BD = layer(
+                features,
+                self.activation,
+                self.dropout,
+                self.dtype,
+                train,
+                axes,
+                name=f"hidden_{i}",
+            )(x_BD)
+            x_BD = nn.with_logical_constraint(x_BD, ("batch", axes[1]))
+            axes = axes[::-1]
+        head = dense(self.num_classes, (axes[0], "classes"), dtype=self.dtype, name="head")
+        return head(x_BD).astype(jnp.float32)

@@ -1,0 +1,64 @@
+"""The mesh: the named grid of devices. Parsed and made here and nowhere else.
+
+    data    splits the batch                     parameters replicated
+    fsdp    splits the batch and the parameters  parameters gathered at use
+    tensor  splits heads, MLP and channels       activations reduced after each pair of products
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from lsdl.errors import UserError, nearest
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+    """`data=2,fsdp=-1,tensor=2` -> {axis: size}, in the order given; axes left out have size 1.
+
+    One size may be -1: it takes the devices that are left. Raises `UserError` unless the sizes'
+    product is `num_devices`, so that no device is dropped silently.
+    """
+    form = "write axis=size pairs such as data=2,fsdp=-1,tensor=2."
+    if not text.strip():
+        raise UserError(f"mesh is empty: {form}")
+    sizes = {}
+    for part in text.split(","):
+        axis, equals, digits = (word.strip() for word in part.partition("="))
+        if not equals or not (digits == "-1" or (digits.isascii() and digits.isdigit())):
+            raise UserError(f"mesh={text!r} has the part {part!r}: {form}")
+        if axis not in AXES:
+            raise UserError(f"mesh={text!r} has no such axis as {axis!r}; {nearest(axis, AXES)}")
+        if axis in sizes:
+            raise UserError(f"mesh={text!r} names the axis {axis!r} twice.")
+        sizes[axis] = int(digits) if len(digits) < 10 else 0
+        if sizes[axis] == 0:
+            raise UserError(f"mesh={text!r} gives {axis} the size {digits}: use 1 or more, or -1.")
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh={text!r} has -1 for {' and '.join(free)}: only one axis may.")
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    if math.prod(sizes.values()) != num_devices:
+        raise UserError(
+            f"mesh={text!r} does not fill the {num_devices} devices there are: the sizes' product "
+            f"is {fixed}{' times any number' if free else ''}; "
+            + (f"choose one that divides {num_devices}." if free else f"make it {num_devices}.")
+        )
+    return sizes | {axis: 1 for axis in AXES if axis not in sizes}
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `sizes` over all devices, axes in that order, the last one varying fastest."""
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many pieces the global batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

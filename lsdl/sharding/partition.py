@@ -1,0 +1,159 @@
+"""Three ways to run one pure step on a mesh: `jit`, `shard_map`, `pmap`.
+
+    jit        every layout: the compiler splits the program by the arrays' shardings
+    shard_map  data parallel: each device runs the body on its rows, gradients meet in one psum
+    pmap       data parallel, the older interface: the whole step inside, state replicated
+
+The partitioner replaces the gradients' half of the step alone. The optimiser stays plain optax
+under the same jit, so that norms are global without a line of ours (`pmap` is the exception: there
+it runs on replicated arrays, which is the same thing).
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lsdl.errors import UserError, nearest
+from lsdl.sharding.mesh import BATCH_AXES
+from lsdl.sharding.rules import Rules
+from lsdl.state import Batch, TrainState
+
+NAMES = ("jit", "shard_map", "pmap")
+BATCH_SPEC = P(BATCH_AXES)
+
+
+def check(name: str, mesh: Mesh) -> None:
+    """Whether the partitioner `name` offers the layout of `mesh`."""
+    if name not in NAMES:
+        raise UserError(f"partitioner={name!r} is unknown; {nearest(name, NAMES)}")
+    split = [axis for axis, size in mesh.shape.items() if size > 1 and axis != "data"]
+    if name != "jit" and split:
+        raise UserError(
+            f"partitioner={name} offers data parallelism alone and the mesh has {split[0]}="
+            f"{mesh.shape[split[0]]}: use mesh=data=-1, or partitioner=jit."
+        )
+
+
+def manual_axes(name: str) -> tuple[str, ...] | None:
+    """The mesh axes that split the batch by hand: what BatchNorm has to average over."""
+    return {"jit": None, "shard_map": BATCH_AXES, "pmap": ("data",)}[name]
+
+
+def partition(
+    name: str,
+    prepare: Callable[[Batch, TrainState], Batch],
+    grads: Callable[..., Any],
+    update: Callable[..., tuple[TrainState, dict]],
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    shardings: TrainState,
+    precision: str,
+) -> "Program":
+    """The train step as a program for `mesh`.
+
+    `prepare(batch, state) -> batch` sees the global batch. `grads(state, batch) -> sums` is any
+    tree of sums over the batch's rows, but for its leaf `model_state`, which is a value.
+    `update(state, sums) -> (state, metrics)`. The state is donated: its buffers become the new
+    state's.
+    """
+    if name == "pmap":
+        halves = _pmap(grads, update, mesh)
+    else:
+        sums = grads if name == "jit" else _shard_map(grads, mesh)
+        halves = lambda state, batch: update(state, sums(state, batch))  # noqa: E731
+
+    def train_step(state, batch):
+        return halves(state, prepare(batch, state))
+
+    return program(
+        train_step,
+        mesh=mesh,
+        rules=rules,
+        precision=precision,
+        donate_argnums=0,
+        out_shardings=(shardings, NamedSharding(mesh, P())),
+    )
+
+
+def _shard_map(grads: Callable, mesh: Mesh) -> Callable:
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+
+    def body(state, batch):
+        # Without the cast autodiff would sum the gradient over devices itself, and the psum below
+        # a second time: a silent factor of the device count.
+        cast = lambda p: lax.pcast(p, BATCH_AXES, to="varying")  # noqa: E731
+        local = state.replace(params=jax.tree.map(cast, state.params))
+        with nn.logical_axis_rules(()):  # every mesh axis is manual: nothing to constrain
+            sums = grads(local, batch)
+        return _psum(sums, axes)
+
+    return jax.shard_map(body, mesh=mesh, in_specs=(P(), BATCH_SPEC), out_specs=P())
+
+
+def _pmap(grads: Callable, update: Callable, mesh: Mesh) -> Callable:
+    size = mesh.shape["data"]
+
+    def body(state, batch):
+        with nn.logical_axis_rules(()):
+            sums = grads(state, batch)
+        return update(state, _psum(sums, ("data",)))
+
+    mapped = jax.pmap(
+        body,
+        axis_name="data",
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=list(mesh.devices.flat),
+    )
+
+    def halves(state, batch):
+        return mapped(state, jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), batch))
+
+    return halves
+
+
+def _psum(sums: dict, axes: tuple[str, ...]) -> dict:
+    """Sums over all devices; `model_state` is equal on all of them already."""
+    rest = {name: value for name, value in sums.items() if name != "model_state"}
+    if not axes:
+        axes = BATCH_AXES
+    return lax.psum(rest, axes) | {"model_state": sums["model_state"]}
+
+
+def program(
+    function: Callable, *, mesh: Mesh, rules: Rules, precision: str, **jit_options
+) -> "Program":
+    """`function` under jit on `mesh`, with the activations' rules and the matmul precision set."""
+    return Program(jax.jit(function, **jit_options), mesh, rules, precision)
+
+
+class Program:
+    """A jitted function and the contexts that it has to be traced in."""
+
+    def __init__(self, jitted: Callable, mesh: Mesh, rules: Rules, precision: str):
+        self._jitted, self._mesh, self._rules, self._precision = jitted, mesh, rules, precision
+
+    @contextlib.contextmanager
+    def _contexts(self):
+        with (
+            jax.set_mesh(self._mesh),
+            nn.logical_axis_rules(self._rules),
+            jax.default_matmul_precision(self._precision),
+        ):
+            yield
+
+    def __call__(self, *args):
+        with self._contexts():
+            return self._jitted(*args)
+
+    def lower(self, *args):
+        """Trace and lower for `args`, which may be abstract; `.compile()` gives the executable."""
+        with self._contexts():
+            return self._jitted.lower(*args)

@@ -1,0 +1,135 @@
+"""The step: `(TrainState, Batch) -> (TrainState, Metrics)`, pure, in two halves.
+
+    grads   forward and backward over the batch, in microbatches: sums, not means
+    update  sums -> means -> optax -> the next state and the step's metrics
+
+A step is one optimiser update, whatever the number of microbatches.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from lsdl.metrics import means
+from lsdl.models.layers import example_rows
+from lsdl.state import Batch, TrainState, stream
+
+SUMMED = ("grads", "loss", "weight", "metrics")
+Sums = dict[str, Any]  # the SUMMED trees, over the rows of a batch, and the new `model_state`
+Metrics = dict[str, jax.Array]
+
+
+def make_prepare(task) -> Callable[[Batch, TrainState], Batch]:
+    """The task's device transforms, and each example's row in the global batch."""
+
+    def prepare(batch: Batch, state: TrainState) -> Batch:
+        rows_B = jnp.arange(len(batch["weight"]))
+        return task.prepare(batch, stream(state.key, "prepare", state.step)) | {"row": rows_B}
+
+    return prepare
+
+
+def make_grads(apply: Callable, task, *, accum: int) -> Callable[[TrainState, Batch], Sums]:
+    """`grads(state, batch) -> Sums` over all rows of `batch`, in `accum` microbatches.
+
+    `apply(variables, *inputs, train=, rngs=, mutable=)` is a Linen module's. Microbatches are
+    strided (row r goes to microbatch r mod accum), so that each one is spread over all devices.
+    """
+
+    def loss(params, model_state, batch: Batch, key):
+        with example_rows(batch["row"]):
+            outputs, model_state = apply(
+                {"params": params, **model_state},
+                *task.inputs(batch),
+                train=True,
+                rngs={"dropout": key},
+                mutable=list(model_state),
+            )
+        loss_sum, weight, metric_sums = task.loss(outputs, batch)
+        return loss_sum, {"weight": weight, "metrics": metric_sums, "model_state": model_state}
+
+    def one(state: TrainState, model_state, batch: Batch) -> Sums:
+        key = stream(state.key, "dropout", state.step)
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        (loss_sum, aux), gradient = value_and_grad(state.params, model_state, batch, key)
+        return {"grads": gradient, "loss": loss_sum, **aux}
+
+    def grads(state: TrainState, batch: Batch) -> Sums:
+        if accum == 1:
+            return one(state, state.model_state, batch)
+        strided = lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+        microbatches = jax.tree.map(strided, batch)
+
+        def add(sums: Sums, microbatch: Batch):
+            new = one(state, sums["model_state"], microbatch)
+            total = {name: jax.tree.map(jnp.add, sums[name], new[name]) for name in SUMMED}
+            return total | {"model_state": new["model_state"]}, None
+
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        shapes = jax.eval_shape(one, state, state.model_state, first)
+        # Under manual axes the sums differ from device to device, so their zeros have to be of
+        # that type too: params and rows are.
+        zero = 0 * first["weight"][0]
+        zeros = {name: jax.tree.map(lambda s: zero.astype(s.dtype), shapes[name]) for name in SUMMED}
+        zeros["grads"] = jax.tree.map(jnp.zeros_like, state.params)
+        return lax.scan(add, zeros | {"model_state": state.model_state}, microbatches)[0]
+
+    return grads
+
+
+def make_update(
+    tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule
+) -> Callable[[TrainState, Sums], tuple[TrainState, Metrics]]:
+    """`update(state, sums) -> (state, metrics)`: one optimiser step on the mean gradient."""
+
+    def update(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
+        weight = sums["weight"]
+        loss = sums["loss"] / weight
+        gradient = jax.tree.map(lambda g: g / weight, sums["grads"])
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            **means(sums["metrics"], weight),
+            "grad_norm": optax.tree.norm(gradient),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            model_state=sums["model_state"],
+            opt_state=opt_state,
+        )
+        return state, metrics
+
+    return update
+
+
+def make_eval_step(apply: Callable, task) -> Callable[[TrainState, Batch], Mapping]:
+    """`eval_step(state, batch) -> {"loss", "weight", metrics...}`, summed over the batch."""
+
+    def eval_step(state: TrainState, batch: Batch) -> Mapping:
+        variables = {"params": state.params, **state.model_state}
+        outputs = apply(variables, *task.inputs(batch), train=False)
+        loss_sum, weight, metric_sums = task.loss(outputs, batch)
+        return {"loss": loss_sum, "weight": weight, **metric_sums}
+
+    return eval_step
+
+
+def make_init(module, task, tx: optax.GradientTransformation, *, batch_size: int) -> Callable:
+    """`init(key) -> TrainState` whose parameters still carry their logical axes (Flax boxes)."""
+
+    def init(key: jax.Array) -> TrainState:
+        zeros = {n: jnp.zeros(s.shape, s.dtype) for n, s in task.spec(batch_size).items()}
+        variables = module.init(stream(key, "params"), *task.inputs(zeros), train=False)
+        params = variables.pop("params")
+        return TrainState(jnp.zeros((), jnp.int32), params, variables, tx.init(params), key)
+
+    return init

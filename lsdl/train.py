@@ -1,0 +1,110 @@
+"""Train: `python -m lsdl.train --config configs/NAME.py[:variant] [--config.FIELD=VALUE ...]`."""
+
+import argparse
+import signal
+import sys
+
+from lsdl.errors import FINISHED, INTERRUPTED, SAVED_AND_STOPPED, UserError
+
+EXAMPLES = """examples:
+  python -m lsdl.train --config configs/digits_vit.py --workdir runs/a
+  python -m lsdl.train --config configs/digits_vit.py:smoke --config.optim.schedule.peak=3e-4
+  JAX_NUM_CPU_DEVICES=8 python -m lsdl.train --config configs/digits_vit.py:smoke \\
+      --workdir runs/b --config.mesh=data=2,fsdp=2,tensor=2
+
+The same command again resumes from the newest checkpoint, on the same mesh or another one.
+Every field of the config can be set as --config.FIELD=VALUE; config.json lists them.
+exit codes: 0 complete, 2 bad input, 73 workdir in use, 75 saved after SIGTERM, 130 after Ctrl-C"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lsdl.train",
+        description="Train one experiment, or go on with it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:VARIANT]", help="the experiment's config file")
+    add("--workdir", help="the run folder (default: runs/NAME, the config's name)")
+    add("--eval-only", action="store_true", help="evaluate the newest checkpoint and stop")
+    add("--distributed", choices=("off", "on", "auto"), default="off", help="find the other "
+        "processes through the launcher; auto: only if there is one")  # fmt: skip
+    add("--coordinator", metavar="HOST:PORT", help="process 0's address, without a launcher")
+    add("--num-processes", type=int, metavar="N")
+    add("--process-id", type=int, metavar="I")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, overrides = parser().parse_known_args(argv)
+    try:
+        return train(arguments, overrides)
+    except UserError as error:
+        print(f"lsdl: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Run what the command line asks for; returns the exit code."""
+    from lsdl import config as configs
+    from lsdl import loop, processes
+    from lsdl.experiment import build
+    from lsdl.rundir import RunDir
+
+    config, given = configs.load(arguments.config, overrides)
+    processes.initialise(
+        arguments.distributed,
+        coordinator=arguments.coordinator,
+        num_processes=arguments.num_processes,
+        process_id=arguments.process_id,
+    )
+    experiment = build(config)
+    folder = RunDir(arguments.workdir or f"runs/{config.name}")
+    main_process = processes.is_main()
+    say = print if main_process else lambda *a, **k: None
+    if arguments.eval_only:
+        outcome = loop.evaluate_run(experiment, folder) if folder.checkpoints.exists() else None
+        if outcome is None:
+            raise UserError(f"{folder.path} holds no checkpoint to evaluate: train first.")
+        say(loop.table(outcome, experiment))
+        return FINISHED
+    open_folder(folder, config, given, arguments.config, own=main_process)
+    for note in experiment.notes:
+        say(f"note: {note}")
+    try:
+        outcome = loop.run(experiment, folder)
+    finally:
+        folder.release()
+    if outcome.signal is not None:
+        say(f"Stopped after step {outcome.step:,}, saved. The same command goes on from there.")
+        return INTERRUPTED if outcome.signal == signal.SIGINT else SAVED_AND_STOPPED
+    if not outcome.trained:
+        say(f"The run in {folder.path} is complete.")
+    say(loop.table(outcome, experiment))
+    say(f"written: {folder.metrics}\n         {folder.checkpoints}")
+    return FINISHED
+
+
+def open_folder(folder, config, given: dict, source: str, *, own: bool) -> None:
+    """Create and lock the run folder (`own`), and refuse to mix two experiments in it."""
+    import jax
+
+    from lsdl import config as configs
+
+    if own:
+        folder.create()
+        folder.acquire()
+    stored, current = folder.read_config(), configs.to_json(config)
+    changes = configs.compare(stored["config"], current) if stored else {}
+    if own:
+        for field, (old, new) in changes.items():
+            print(f"resuming with {field}: {old} -> {new}")
+        folder.write_config(source=source, overrides=given, config=current, changes=changes)
+        devices = {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
+        folder.write_env(devices=devices | {"processes": jax.process_count()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
