@@ -41,9 +41,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         if not self._manager.save(step, args=args, metrics=metrics, force=True):
             raise RuntimeError(f"Orbax refused to save step {step}.")
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from lsdl import step as steps
@@ -44,7 +45,7 @@ class Experiment:
     tx: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     abstract_state: TrainState  # with shardings: what to restore into
-    abstract_batch: Batch  # likewise
+    abstract_batch: Batch  # likewise, of training
     shardings: TrainState
     placements: list[rules.Placement]
     init: Callable[[], TrainState]  # allocates, each device its own shards
@@ -52,8 +53,8 @@ class Experiment:
     eval_step: partition.Program  # (state, batch) -> sums
     train_loader: Callable[[], Loader]
     eval_loader: Callable[[str], Loader]  # of a split: train | valid | test
+    check_data: Callable[[], Any]  # raises UserError unless every split can be opened
     batch_size: int
-    num_examples: dict[str, int]
     total_steps: int
     eval_every_steps: int
     checkpoint_every_steps: int
@@ -113,7 +114,11 @@ def build(config: ConfigDict) -> Experiment:
         **placed,
     )
     # Evaluation runs under jit whatever the partitioner: it has no gradients to reduce.
-    eval_step = partition.program(steps.make_eval_step(module.apply, task), **placed)
+    eval_step = partition.program(
+        steps.make_eval_step(module.apply, task),
+        out_shardings=NamedSharding(mesh, P()),
+        **placed,
+    )
     spec = task.spec(batch_size)
     data = dict(spec=spec, batch_size=batch_size, sharding=batch_sharding, seed=seed)
     train_data = dict(
@@ -122,9 +127,12 @@ def build(config: ConfigDict) -> Experiment:
         prefetch=config.data.prefetch,
     )
 
-    def reader(split: str):
+    def open_split(split: str):
         name = config.data[f"{split}_split"]
-        reader = sources.open_reader(config.data.source, name, expected=counts[split])
+        return sources.open_reader(config.data.source, name, expected=counts[split])
+
+    def reader(split: str):
+        reader = open_split(split)
         if sources.nbytes(task.spec(1), counts[split]) <= config.data.in_memory_mib * 2**20:
             return sources.InMemory(reader, tuple(n for n in spec if n != "weight"))
         return reader
@@ -147,9 +155,12 @@ def build(config: ConfigDict) -> Experiment:
         train_step=train_step,
         eval_step=eval_step,
         train_loader=lambda: Loader(reader("train"), train=True, **data, **train_data),
-        eval_loader=lambda split: Loader(reader(split), train=False, **data),
+        # The training split is evaluated on a part of it where it is large.
+        eval_loader=lambda split: Loader(
+            reader(split), train=False, limit=max(10_000, counts["valid"], counts["test"]), **data
+        ),
+        check_data=lambda: [open_split(split) for split in SPLITS],
         batch_size=batch_size,
-        num_examples=counts,
         total_steps=total_steps,
         eval_every_steps=duration_steps(config.eval, "every", **units),
         checkpoint_every_steps=duration_steps(config.checkpoint, "every", **units),
@@ -185,7 +196,7 @@ def _module(config: ConfigDict, task: Classification) -> nn.Module:
         "num_classes": task.num_classes,
         "dtype": PRECISIONS[_choice("precision", config.precision, PRECISIONS)],
         "remat": _choice("remat", config.remat, remat.POLICIES),
-        "axis_name": partition.manual_axes(config.partitioner),
+        "axis_name": partition.manual_axis(config.partitioner),
     }
     parameters = inspect.signature(cls).parameters
     own = {name for name in parameters if name not in (*filled, "parent", "name")}

@@ -1,13 +1,16 @@
-"""The host loop. The order within a step is part of the contract; do not change it:
+"""The host loop.
 
-    1. take the batch, which the loader made and sent ahead
-    2. dispatch the step
-    3. write the metrics of the step before: the host never waits for the step it has just sent
-    4. evaluate on valid, if due
-    5. save, if due (so that the save knows the step's valid loss)
-    6. stop, if asked to
+The order within a step is part of the contract; do not change it:
+
+1. take the batch, which the loader made and sent ahead
+2. dispatch the step
+3. write the metrics of the step before: the host never waits for the step it has just sent
+4. evaluate on valid, if due
+5. save, if due (so that the save knows the step's valid loss)
+6. stop, if asked to
 """
 
+import os
 import signal
 import sys
 import threading
@@ -21,8 +24,9 @@ from tqdm import tqdm
 
 from lsdl.checkpoint import Checkpoints
 from lsdl.data.loader import Loader
+from lsdl.errors import UserError
 from lsdl.experiment import SPLITS, Experiment
-from lsdl.metrics import JsonLines, TensorBoard, Writers, read_rows
+from lsdl.metrics import JsonLines, TensorBoard, Writers, means, read_rows
 from lsdl.processes import is_main
 from lsdl.rundir import RunDir
 from lsdl.state import TrainState
@@ -34,6 +38,7 @@ class Outcome:
 
     step: int
     signal: int | None = None  # that asked it to stop; None: it is complete
+    state: TrainState | None = None
     results: dict[str, dict] = field(default_factory=dict)  # {split: metrics} of the final state
     examples_per_s: float | None = None  # while training; None if no step was taken
     wall_s: float = 0.0
@@ -44,17 +49,18 @@ class Outcome:
 class StopRequest:
     """Ctrl-C and SIGTERM as a question the loop asks between steps. A second Ctrl-C interrupts.
 
-    With several processes all of them must stop after the same step: jax's preemption service
-    lets them agree, whichever of them got the signal.
+    Several processes must stop after the same step, whichever of them got the signal: jax's own
+    SIGTERM handler tells the others, so a Ctrl-C is passed on as SIGTERM.
     """
 
     def __init__(self):
         self.signal: int | None = None
+        self._alone = jax.process_count() == 1
         self._previous: dict = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -66,11 +72,17 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def after(self, step: int) -> bool:
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        """Whether to stop after `step`; all processes get the same answer for the same step."""
+        if self._alone:
+            return self.signal is not None
+        if multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
-        return self.signal is not None
+            return True
+        return False
 
 
 def run(experiment: Experiment, folder: RunDir, *, quiet: bool = False) -> Outcome:
@@ -83,20 +95,21 @@ def run(experiment: Experiment, folder: RunDir, *, quiet: bool = False) -> Outco
     writers = None
     try:
         first = checkpoints.latest_step() or 0
-        done = _final_results(folder, experiment.total_steps)
-        if first >= experiment.total_steps and done:
+        if first > experiment.total_steps:
+            raise UserError(
+                f"{folder.path} has {first} steps already, more than the {experiment.total_steps} "
+                "asked for: raise total_*, or choose another --workdir."
+            )
+        done = _results(folder, experiment)
+        if first == experiment.total_steps and done:
             return Outcome(first, results=done, best_step=_best_step(folder), trained=False)
-        if first:
-            state, _ = checkpoints.restore(first, experiment.abstract_state)
-        else:
-            state = experiment.init()
+        state = _initial(experiment, checkpoints, first)
         writers = _writers(folder, experiment, after_step=first)
         with StopRequest() as stop:
-            outcome, state = _train(
-                experiment, state, first, writers, checkpoints, stop, speak=speak
-            )
+            outcome = _train(experiment, state, first, writers, checkpoints, stop, speak=speak)
         if outcome.signal is None:
-            outcome.results = _final(experiment, state, writers)
+            _final(experiment, outcome.state, writers)
+            outcome.results = _results(folder, experiment) if is_main() else {}
             outcome.best_step = _best_step(folder)
         outcome.wall_s = time.perf_counter() - started
         return outcome
@@ -106,6 +119,12 @@ def run(experiment: Experiment, folder: RunDir, *, quiet: bool = False) -> Outco
         checkpoints.close()
 
 
+def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
+    if step:
+        return checkpoints.restore(step, experiment.abstract_state)[0]
+    return experiment.init()
+
+
 def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
     """Evaluate the newest checkpoint on every split; None if there is none. Writes nothing."""
     checkpoints = Checkpoints(folder.checkpoints)
@@ -113,7 +132,7 @@ def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
         step = checkpoints.latest_step()
         if step is None:
             return None
-        state, _ = checkpoints.restore(step, experiment.abstract_state)
+        state = _initial(experiment, checkpoints, step)
         results = {
             split: evaluate(experiment, state, experiment.eval_loader(split)) for split in SPLITS
         }
@@ -123,20 +142,19 @@ def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
 
 
 def evaluate(experiment: Experiment, state: TrainState, loader: Loader) -> dict[str, float]:
-    """Means over all of the loader's examples, each counted once."""
-    total = None
-    for batch in loader.batches(0, loader.num_batches):
-        sums = experiment.eval_step(state, batch)
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-    total = {name: float(value) for name, value in jax.device_get(total).items()}
+    """Means over all of the loader's examples, each counted once; and how many they were."""
+    sums = [experiment.eval_step(state, b) for b in loader.batches(0, loader.num_batches)]
+    total = jax.tree.map(
+        lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums)
+    )
     weight = total.pop("weight")
-    return {name: value / weight for name, value in total.items()}
+    return means(total, weight) | {"examples": round(weight)}
 
 
 def _train(experiment, state, first, writers, checkpoints, stop, *, speak):
     last = experiment.total_steps
     if first >= last:
-        return Outcome(first), state
+        return Outcome(first, state=state)
     compiled = experiment.train_step.lower(
         experiment.abstract_state, experiment.abstract_batch
     ).compile()
@@ -185,27 +203,27 @@ def _train(experiment, state, first, writers, checkpoints, stop, *, speak):
     rate = (step - first) * experiment.batch_size / clock.running()
     bar.close()
     stopped = stop.signal if step < last else None
-    return Outcome(step, signal=stopped, examples_per_s=rate), state
+    return Outcome(step, signal=stopped, state=state, examples_per_s=rate)
 
 
-def _final(experiment, state, writers) -> dict[str, dict]:
-    results = {}
-    for split in SPLITS:
-        results[split] = evaluate(experiment, state, experiment.eval_loader(split))
-        writers.write(experiment.total_steps, f"final_{split}", results[split])
-    return results
+# The last rows of a complete run: the final state on every split.
+FINAL = {"train": "train_eval", "valid": "valid", "test": "test"}
 
 
-def _final_results(folder: RunDir, step: int) -> dict[str, dict]:
-    """What a complete run wrote at its end: all splits, or nothing."""
-    rows = {row["split"]: row for row in read_rows(folder.metrics) if row["step"] == step}
-    if any(f"final_{split}" not in rows for split in SPLITS):
+def _final(experiment: Experiment, state: TrainState, writers: Writers) -> None:
+    """The one time that training reads the test split."""
+    for split, name in FINAL.items():
+        values = evaluate(experiment, state, experiment.eval_loader(split))
+        writers.write(experiment.total_steps, name, values)
+
+
+def _results(folder: RunDir, experiment: Experiment) -> dict[str, dict]:
+    """{split: metrics} that a complete run wrote at its end; {} if it is not complete."""
+    last = experiment.total_steps
+    rows = {row["split"]: row for row in read_rows(folder.metrics) if row["step"] == last}
+    if any(name not in rows for name in FINAL.values()):
         return {}
-    drop = ("step", "split")
-    return {
-        split: {k: v for k, v in rows[f"final_{split}"].items() if k not in drop}
-        for split in SPLITS
-    }
+    return {split: rows[name] for split, name in FINAL.items()}
 
 
 def _best_step(folder: RunDir) -> int | None:
@@ -273,19 +291,35 @@ def _bar(first: int, last: int, name: str, speak: bool) -> tqdm:
     )
 
 
+def heading(experiment: Experiment) -> str:
+    """What is about to run, in a line, and what the user should know about it."""
+    axes = ",".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items() if size > 1)
+    device = experiment.mesh.devices.flat[0].device_kind
+    line = (
+        f"{experiment.name}: {_num_parameters(experiment):,} parameters, "
+        f"{experiment.total_steps:,} steps of {experiment.batch_size:,} examples on "
+        f"{experiment.mesh.size} {device} ({axes or 'one device'})"
+    )
+    return "\n".join([line, *(f"note: {note}" for note in experiment.notes)])
+
+
 def table(outcome: Outcome, experiment: Experiment) -> str:
     """The few lines that a run ends with."""
     lines = [f"{'split':8}{'examples':>10}{'loss':>10}{'accuracy':>10}"]
     for split, metrics in outcome.results.items():
-        count = experiment.num_examples[split]
-        lines.append(f"{split:8}{count:>10,}{metrics['loss']:>10.4f}{metrics['accuracy']:>10.4f}")
+        lines.append(
+            f"{split:8}{metrics['examples']:>10,}{metrics['loss']:>10.4f}{metrics['accuracy']:>10.4f}"
+        )
     train, test = outcome.results["train"], outcome.results["test"]
     gap = {name: test[name] - train[name] for name in ("loss", "accuracy")}
     lines.append(f"{'gap':8}{'':>10}{gap['loss']:>+10.4f}{gap['accuracy']:>+10.4f}  test - train")
-    size = sum(np.prod(p.shape, dtype=int) for p in jax.tree.leaves(experiment.abstract_state.params))
-    facts = [f"{outcome.step:,} steps", f"{size:,} parameters"]
+    facts = [f"{outcome.step:,} steps"]
     if outcome.examples_per_s:
         facts += [f"{outcome.examples_per_s:,.0f} examples/s", f"{outcome.wall_s:.1f} s in all"]
     if outcome.best_step is not None:
         facts.append(f"lowest valid loss at step {outcome.best_step:,}")
     return "\n".join([*lines, ", ".join(facts)])
+
+
+def _num_parameters(experiment: Experiment) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state.params))

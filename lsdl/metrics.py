@@ -14,11 +14,12 @@ def means(sums: dict, weight) -> dict:
 
 
 class JsonLines:
-    """`metrics.jsonl`: one row per (step, split), append-only, each step once."""
+    """`metrics.jsonl`: one row per (step, split), append-only; the first one written stays."""
 
     def __init__(self, path: Path, *, after_step: int):
         """Open `path`; rows beyond `after_step`, which a resumed run writes again, are dropped."""
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
+        self._written = {(row["step"], row["split"]) for row in kept}
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "w") as file:
             file.writelines(_line(row) for row in kept)
@@ -28,8 +29,10 @@ class JsonLines:
         self._file = open(path, "a")  # noqa: SIM115  (lives as long as the run)
 
     def write(self, row: dict) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        if (row["step"], row["split"]) not in self._written:
+            self._written.add((row["step"], row["split"]))
+            self._file.write(_line(row))
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

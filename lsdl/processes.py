@@ -4,14 +4,22 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from lsdl.errors import UserError
 
 # What the launchers set for every process: if any of these is there, jax finds the others itself.
-_CLUSTER = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MEGASCALE_SLICE_ID")
+_CLUSTER = (
+    "SLURM_STEP_NODELIST",
+    "OMPI_COMM_WORLD_SIZE",
+    "TPU_WORKER_HOSTNAMES",
+    "MEGASCALE_SLICE_ID",
+)
 
 
 def initialise(
@@ -45,6 +53,27 @@ def initialise(
 def is_main() -> bool:
     """Whether this process speaks for all: prints, writes metrics, owns the run folder."""
     return jax.process_index() == 0
+
+
+def agree(work: Callable[[], Any]) -> Any:
+    """Run `work` on process 0 alone; if it raises a `UserError`, every process leaves with it.
+
+    Returns what `work` returned on process 0, None elsewhere.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+    if jax.process_count() > 1:
+        code = np.int32(error.exit_code if error else 0)
+        code = int(multihost_utils.broadcast_one_to_all(code))
+        if code and not error:
+            raise SystemExit(code)
+    if error:
+        raise error
+    return result
 
 
 def spawn_local(

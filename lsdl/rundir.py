@@ -1,6 +1,6 @@
 """The run folder: what lies in it, who owns it, and writes that are whole or absent.
 
-    config.json env.json metrics.jsonl tensorboard/ checkpoints/
+config.json env.json metrics.jsonl tensorboard/ checkpoints/
 """
 
 import fcntl

@@ -74,7 +74,9 @@ def make_grads(apply: Callable, task, *, accum: int) -> Callable[[TrainState, Ba
         # Under manual axes the sums differ from device to device, so their zeros have to be of
         # that type too: params and rows are.
         zero = 0 * first["weight"][0]
-        zeros = {name: jax.tree.map(lambda s: zero.astype(s.dtype), shapes[name]) for name in SUMMED}
+        zeros = {
+            name: jax.tree.map(lambda s: zero.astype(s.dtype), shapes[name]) for name in SUMMED
+        }
         zeros["grads"] = jax.tree.map(jnp.zeros_like, state.params)
         return lax.scan(add, zeros | {"model_state": state.model_state}, microbatches)[0]
 

@@ -42,12 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(arguments, overrides)
     except UserError as error:
-        print(f"lsdl: {error}", file=sys.stderr)
+        if not arguments.process_id:
+            print(f"lsdl: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nInterrupted before the state was saved.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
+    # After the parser, so that --help and a mistyped flag cost no second.
     from lsdl import config as configs
     from lsdl import loop, processes
     from lsdl.experiment import build
@@ -61,18 +66,17 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         process_id=arguments.process_id,
     )
     experiment = build(config)
+    experiment.check_data()
     folder = RunDir(arguments.workdir or f"runs/{config.name}")
-    main_process = processes.is_main()
-    say = print if main_process else lambda *a, **k: None
+    say = print if processes.is_main() else lambda *_: None
     if arguments.eval_only:
         outcome = loop.evaluate_run(experiment, folder) if folder.checkpoints.exists() else None
         if outcome is None:
             raise UserError(f"{folder.path} holds no checkpoint to evaluate: train first.")
         say(loop.table(outcome, experiment))
         return FINISHED
-    open_folder(folder, config, given, arguments.config, own=main_process)
-    for note in experiment.notes:
-        say(f"note: {note}")
+    processes.agree(lambda: open_folder(folder, config, given, arguments.config))
+    say(loop.heading(experiment))
     try:
         outcome = loop.run(experiment, folder)
     finally:
@@ -82,28 +86,27 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return INTERRUPTED if outcome.signal == signal.SIGINT else SAVED_AND_STOPPED
     if not outcome.trained:
         say(f"The run in {folder.path} is complete.")
-    say(loop.table(outcome, experiment))
-    say(f"written: {folder.metrics}\n         {folder.checkpoints}")
+    if outcome.results:
+        say(loop.table(outcome, experiment))
+    say(f"written: {folder.metrics}\n         {folder.checkpoints}\n         {folder.tensorboard}")
     return FINISHED
 
 
-def open_folder(folder, config, given: dict, source: str, *, own: bool) -> None:
-    """Create and lock the run folder (`own`), and refuse to mix two experiments in it."""
+def open_folder(folder, config, given: dict, source: str) -> None:
+    """Create and lock the run folder, and refuse to mix two experiments in it."""
     import jax
 
     from lsdl import config as configs
 
-    if own:
-        folder.create()
-        folder.acquire()
+    folder.create()
+    folder.acquire()
     stored, current = folder.read_config(), configs.to_json(config)
     changes = configs.compare(stored["config"], current) if stored else {}
-    if own:
-        for field, (old, new) in changes.items():
-            print(f"resuming with {field}: {old} -> {new}")
-        folder.write_config(source=source, overrides=given, config=current, changes=changes)
-        devices = {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
-        folder.write_env(devices=devices | {"processes": jax.process_count()})
+    for field, (old, new) in changes.items():
+        print(f"resuming with {field}: {old} -> {new}")
+    folder.write_config(source=source, overrides=given, config=current, changes=changes)
+    devices = {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
+    folder.write_env(devices=devices | {"processes": jax.process_count()})
 
 
 if __name__ == "__main__":

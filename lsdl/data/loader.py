@@ -35,7 +35,8 @@ class Loader:
 
     Training (`train=True`) shuffles and drops each epoch's last partial batch. Evaluation reads in
     order, counts every example once, and fills the last batch with rows of weight 0.
-    A batch has the leaves of `spec`, of which `weight` is made here.
+    A batch has the leaves of `spec`, of which `weight` is made here. `limit`: only the split's
+    first examples.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Loader:
         sampling: str = "epoch",
         transforms: Sequence[Transform] = (),
         prefetch: int = 2,
+        limit: int | None = None,
     ):
         self._reader = reader
         self._spec = {name: leaf for name, leaf in spec.items() if name != "weight"}
@@ -60,8 +62,9 @@ class Loader:
         self._sampling = sampling
         self._transforms = tuple(transforms)
         self._prefetch = prefetch
-        examples = len(reader)
-        self.num_batches = examples // batch_size if train else -(-examples // batch_size)
+        self.num_examples = min(len(reader), limit or len(reader))
+        full, rest = divmod(self.num_examples, batch_size)
+        self.num_batches = full if train or not rest else full + 1
         shards = sharding.addressable_devices_indices_map((batch_size,)).values()
         self._rows = np.unique(np.concatenate([np.arange(batch_size)[s] for s in shards]))
 
@@ -105,7 +108,7 @@ class Loader:
 
     def _locate(self, step: int, rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
         """The epoch, each row's record index (-1: padding), and each row's random counter."""
-        examples = len(self._reader)
+        examples = self.num_examples
         if not self._train:
             position = step * self._batch_size + rows
             return 0, np.where(position < examples, position, -1), position

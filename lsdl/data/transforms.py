@@ -49,4 +49,6 @@ def parse(spec: str) -> Transform:
     try:
         return TRANSFORMS[name](*([int(number)] if colon else []))
     except (TypeError, ValueError) as error:
-        raise UserError(f"The transform {spec!r} is not of the form shift:PIXELS or flip.") from error
+        raise UserError(
+            f"The transform {spec!r} is not of the form shift:PIXELS or flip."
+        ) from error

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 Dtype = jnp.dtype
+lecun_normal = nn.initializers.lecun_normal()
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 _rows: contextvars.ContextVar = contextvars.ContextVar("rows", default=None)
@@ -58,7 +59,7 @@ def dense(
     *,
     dtype: Dtype,
     name: str,
-    kernel_init: Callable = nn.initializers.lecun_normal(),
+    kernel_init: Callable = lecun_normal,
 ) -> nn.Dense:
     """A dense layer over the last dim; `axes` names the kernel's input and output dims."""
     return nn.Dense(

@@ -20,7 +20,7 @@ class ResidualBlock(nn.Module):
     stride: int
     dtype: Dtype
     train: bool
-    axis_name: str | tuple[str, ...] | None
+    axis_name: str | None
 
     @nn.compact
     def __call__(self, x_BHWD):
@@ -53,7 +53,7 @@ class CifarResNet(nn.Module):
     width: int = 16
     dtype: Dtype = jnp.float32
     remat: str = "none"
-    axis_name: str | tuple[str, ...] | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):

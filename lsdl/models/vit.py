@@ -6,7 +6,7 @@ Shape letters: B batch, H height, W width, L length (patches), D embed, C classe
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lsdl.models.layers import Dropout, Dtype, conv, dense, layer_norm
+from lsdl.models.layers import Dropout, Dtype, conv, dense, layer_norm, lecun_normal
 from lsdl.models.transformer import Stack
 
 
@@ -42,7 +42,7 @@ class Vit(nn.Module):
             stride=self.patch,
             padding="VALID",
             axes=("conv_in", "embed"),
-            kernel_init=nn.initializers.lecun_normal(),
+            kernel_init=lecun_normal,
             dtype=self.dtype,
             name="patches",
         )(x_BHWD)

@@ -1,8 +1,8 @@
 """The mesh: the named grid of devices. Parsed and made here and nowhere else.
 
-    data    splits the batch                     parameters replicated
-    fsdp    splits the batch and the parameters  parameters gathered at use
-    tensor  splits heads, MLP and channels       activations reduced after each pair of products
+data    splits the batch                     parameters replicated
+fsdp    splits the batch and the parameters  parameters gathered at use
+tensor  splits heads, MLP and channels       activations reduced after each pair of products
 """
 
 import math

@@ -40,9 +40,9 @@ def check(name: str, mesh: Mesh) -> None:
         )
 
 
-def manual_axes(name: str) -> tuple[str, ...] | None:
-    """The mesh axes that split the batch by hand: what BatchNorm has to average over."""
-    return {"jit": None, "shard_map": BATCH_AXES, "pmap": ("data",)}[name]
+def manual_axis(name: str) -> str | None:
+    """The mesh axis that splits the batch by hand: what BatchNorm has to average over."""
+    return None if name == "jit" else "data"
 
 
 def partition(
@@ -74,7 +74,7 @@ def partition(
 
     return program(
         train_step,
-        mesh=mesh,
+        mesh=None if name == "pmap" else mesh,  # pmap makes a mesh of its own
         rules=rules,
         precision=precision,
         donate_argnums=0,
@@ -83,18 +83,15 @@ def partition(
 
 
 def _shard_map(grads: Callable, mesh: Mesh) -> Callable:
-    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
-
     def body(state, batch):
         # Without the cast autodiff would sum the gradient over devices itself, and the psum below
         # a second time: a silent factor of the device count.
-        cast = lambda p: lax.pcast(p, BATCH_AXES, to="varying")  # noqa: E731
+        cast = lambda p: lax.pcast(p, "data", to="varying")  # noqa: E731
         local = state.replace(params=jax.tree.map(cast, state.params))
         with nn.logical_axis_rules(()):  # every mesh axis is manual: nothing to constrain
-            sums = grads(local, batch)
-        return _psum(sums, axes)
+            return _psum(grads(local, batch))
 
-    return jax.shard_map(body, mesh=mesh, in_specs=(P(), BATCH_SPEC), out_specs=P())
+    return jax.shard_map(body, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
 
 
 def _pmap(grads: Callable, update: Callable, mesh: Mesh) -> Callable:
@@ -103,7 +100,7 @@ def _pmap(grads: Callable, update: Callable, mesh: Mesh) -> Callable:
     def body(state, batch):
         with nn.logical_axis_rules(()):
             sums = grads(state, batch)
-        return update(state, _psum(sums, ("data",)))
+        return update(state, _psum(sums))
 
     mapped = jax.pmap(
         body,
@@ -119,16 +116,14 @@ def _pmap(grads: Callable, update: Callable, mesh: Mesh) -> Callable:
     return halves
 
 
-def _psum(sums: dict, axes: tuple[str, ...]) -> dict:
+def _psum(sums: dict) -> dict:
     """Sums over all devices; `model_state` is equal on all of them already."""
     rest = {name: value for name, value in sums.items() if name != "model_state"}
-    if not axes:
-        axes = BATCH_AXES
-    return lax.psum(rest, axes) | {"model_state": sums["model_state"]}
+    return lax.psum(rest, "data") | {"model_state": sums["model_state"]}
 
 
 def program(
-    function: Callable, *, mesh: Mesh, rules: Rules, precision: str, **jit_options
+    function: Callable, *, mesh: Mesh | None, rules: Rules, precision: str, **jit_options
 ) -> "Program":
     """`function` under jit on `mesh`, with the activations' rules and the matmul precision set."""
     return Program(jax.jit(function, **jit_options), mesh, rules, precision)
@@ -137,13 +132,13 @@ def program(
 class Program:
     """A jitted function and the contexts that it has to be traced in."""
 
-    def __init__(self, jitted: Callable, mesh: Mesh, rules: Rules, precision: str):
+    def __init__(self, jitted: Callable, mesh: Mesh | None, rules: Rules, precision: str):
         self._jitted, self._mesh, self._rules, self._precision = jitted, mesh, rules, precision
 
     @contextlib.contextmanager
     def _contexts(self):
         with (
-            jax.set_mesh(self._mesh),
+            jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext(),
             nn.logical_axis_rules(self._rules),
             jax.default_matmul_precision(self._precision),
         ):

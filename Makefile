@@ -1,0 +1,57 @@
+# make train: environment, digits, the default job.  make test: lint and the suite.  make help: the rest.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/digits_vit.py
+SHARD ?= 1/1
+HIGH := $(shell for p in python3.13 python3.12; do \
+  $$p -c 'import sys' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help train test test-slow test-high lint format golden clean
+
+help:
+	@echo "make train       install into $(VENV) and train $(CONFIG); again: go on, or say it is done"
+	@echo "make test        lint and the suite, without what is marked slow"
+	@echo "make test-slow   the slow tests; SHARD=k/n runs the k-th of n parts"
+	@echo "make test-high   make test once more, on the newest Python and jax found"
+	@echo "make format      let ruff format and mend"
+	@echo "make golden      rewrite the golden curves (say why in the commit)"
+	@echo "make clean       remove the environments and caches, never runs/"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "lsdl needs Python 3.11, 3.12 or 3.13 on the PATH."; exit 2; }
+	@echo "Installing lsdl into $(VENV) with $$($(PYTHON) --version), about a minute ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(VENV)/installed
+	@$(BIN)/python -m lsdl.train --config $(CONFIG)
+
+test: lint
+	@$(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -n 2 -q -m slow --shard $(SHARD)
+
+test-high:
+	@if [ -z "$(HIGH)" ]; then echo "No Python newer than 3.11 was found: nothing to repeat."; \
+	else $(MAKE) --no-print-directory test VENV=.venv-high PYTHON=$(HIGH); fi
+
+lint: $(VENV)/installed-dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/installed-dev
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+golden: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -q tests/test_golden.py --rewrite-golden
+
+clean:
+	rm -rf .venv .venv-high .cache .pytest_cache .ruff_cache *.egg-info
