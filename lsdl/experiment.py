@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,13 @@ class Experiment:
     notes: tuple[str, ...]  # what the user should know before the run starts
 
 
-def build(config: ConfigDict) -> Experiment:
-    """The experiment that `config` describes, on the devices that are there.
+def build(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """The experiment that `config` describes, on `devices` (all there are).
 
     Raises `UserError` for whatever does not fit together, before any compilation.
     """
-    sizes = meshes.parse_mesh(config.mesh, jax.device_count())
-    mesh = meshes.make_mesh(sizes)
+    devices = jax.devices() if devices is None else devices
+    mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh, len(devices)), devices)
     partition.check(config.partitioner, mesh)
     table = rules.table(config.rules)
 

@@ -41,8 +41,8 @@ class Classification:
 
     def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
         """What the model is called with: standardised pixels, float32."""
-        mean, std = jnp.array(self.mean), jnp.array(self.std)
-        return ((batch["image"].astype(jnp.float32) - mean) / std,)
+        mean_BHWC, std_BHWC = jnp.array((self.mean, self.std))[:, None, None, None]
+        return ((batch["image"].astype(jnp.float32) - mean_BHWC) / std_BHWC,)
 
     def loss(
         self, outputs: jax.Array, batch: Batch, *, extra: Mapping | None = None

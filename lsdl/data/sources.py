@@ -112,9 +112,9 @@ def open_reader(source: str, split: str, *, expected: int):
 
     Raises `UserError` if the set is not on disk or does not hold `expected` examples.
     """
-    builder = _builder(source)
     if source == "digits":
-        _prepare(builder)
+        _prepare(source)
+    builder = _builder(source)
     try:
         reader = builder.as_data_source(split=split)
     except (tfds.core.DatasetNotFoundError, AssertionError, FileNotFoundError) as error:
@@ -181,10 +181,12 @@ def _missing(source: str) -> UserError:
     )
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Write the set to disk unless it is there; processes that start together wait in line."""
-    with _locked(Path(builder.data_path.parent)):
+def _prepare(source: str) -> None:
+    """Write the embedded set to disk unless it is there; processes that start together wait."""
+    with _locked(data_dir()):
         logging.getLogger("absl").setLevel(logging.ERROR)  # a second's work needs no log
+        # A builder reads the folder when it is made, so it has to be made under the lock.
+        builder = _builder(source)
         if not builder.is_prepared():
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):

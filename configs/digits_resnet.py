@@ -1,0 +1,43 @@
+"""A CIFAR-style residual network on 8x8 handwritten digits (He et al. 2016).
+
+Command: python -m lsdl.train --config configs/digits_resnet.py
+Hardware and time: 2 CPU cores, not yet run
+Expected: test accuracy 0.97 or better
+Measured: not yet run
+"""
+
+from lsdl.config import parse_arg, template
+
+
+def get_config(arg=None):
+    smoke = "smoke" in parse_arg(arg, "smoke")
+    config = template()
+    config.name = "digits_resnet_smoke" if smoke else "digits_resnet"
+    config.batch_size = 96
+
+    config.data.source = "digits"
+    config.data.transforms = ("shift:1",)
+
+    config.model.name = "cifar_resnet"
+    config.model.depth = 8 if smoke else 14
+    config.model.width = 16
+
+    config.optim.name = "sgd"
+    config.optim.momentum = 0.9
+    config.optim.nesterov = True
+    config.optim.weight_decay = 5e-4
+    config.optim.schedule.name = "warmup_cosine"
+    config.optim.schedule.peak = 0.1
+    config.optim.schedule.warmup_percent = 10.0
+
+    if smoke:
+        config.total_steps = 20
+        config.eval.every_steps = 10
+        config.checkpoint.every_steps = 10
+        config.log.every_steps = 1
+    else:
+        config.total_epochs = 40.0
+        config.eval.every_epochs = 5.0
+        config.checkpoint.every_epochs = 5.0
+        config.log.every_steps = 10
+    return config.lock()

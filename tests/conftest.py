@@ -1,0 +1,68 @@
+"""Every test sees 8 virtual CPU devices, its own run folders, and the project's data and caches."""
+
+import importlib.metadata
+import os
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["LSDL_DATA_DIR"] = str(ROOT / ".cache" / "data")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    ROOT / ".cache" / f"jax-{importlib.metadata.version('jaxlib')}"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CONFIGS = ROOT / "configs"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="1/1", help="k/n: the k-th of n parts of what is selected")
+    parser.addoption("--rewrite-golden", action="store_true", help="rewrite tests/golden")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("--shard").split("/"))
+    kept = [i for i in items if zlib.crc32(i.nodeid.encode()) % parts == part - 1]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+        items[:] = kept
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def load():
+    """`load("digits_vit:smoke", "batch_size=8", ...)`: a shipped config with overrides."""
+    from lsdl import config
+
+    def load(name, *overrides):
+        file, _, arg = name.partition(":")
+        path = f"{CONFIGS / file}.py" + (f":{arg}" if arg else "")
+        return config.load(path, [f"--config.{o}" for o in overrides])[0]
+
+    return load
+
+
+@pytest.fixture
+def train(capfd):
+    """`train("digits_vit:smoke", "--workdir=...", ...) -> (exit code, stdout, stderr)`."""
+    from lsdl.train import main
+
+    def train(name, *arguments):
+        file, _, arg = name.partition(":")
+        path = f"{CONFIGS / file}.py" + (f":{arg}" if arg else "")
+        capfd.readouterr()
+        code = main(["--config", path, *map(str, arguments)])
+        return code, *capfd.readouterr()
+
+    return train

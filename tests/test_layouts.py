@@ -1,0 +1,121 @@
+"""Layout, partitioner, remat and accumulation never change the numbers."""
+
+import functools
+
+import pytest
+
+from tests.curves import assert_equal_curves, curve
+
+SPLITS_OF_8 = [
+    f"data={d},fsdp={f},tensor={8 // d // f}"
+    for d in (1, 2, 4, 8)
+    for f in (1, 2, 4, 8)
+    if d * f in (1, 2, 4, 8)
+]
+SPLITS_OF_6 = ["data=6", "data=3,fsdp=2", "fsdp=6", "fsdp=3,tensor=2", "tensor=2,data=3"]
+
+# What hides a wrong gradient scale (Adam, clipping) is left out; what layouts easily break
+# (dropout masks, stacked parameters) is put in.
+BARE = (
+    "optim.name=sgd",
+    "optim.momentum=0.0",
+    "optim.clip_norm=0.0",
+    "optim.schedule.name=constant",
+    "optim.schedule.peak=0.05",
+    "model.dropout=0.1",
+)
+VIT = "digits_vit:smoke"
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The curve of a config on one device, made once."""
+    return functools.lru_cache(lambda config: curve(config, devices=1))
+
+
+@pytest.mark.parametrize("mesh", SPLITS_OF_8)
+def test_every_split_of_8_devices_gives_the_one_device_curve(load, one_device, mesh):
+    assert_equal_curves(curve(load(VIT, f"mesh={mesh}")), one_device(load(VIT)))
+
+
+@pytest.mark.parametrize("mesh", SPLITS_OF_6)
+def test_6_devices_give_the_one_device_curve(load, one_device, mesh):
+    assert_equal_curves(curve(load(VIT, f"mesh={mesh}"), devices=6), one_device(load(VIT)))
+
+
+@pytest.mark.parametrize("rules", ["dp", "fsdp", "tp"])
+def test_every_rule_table_gives_the_one_device_curve(load, one_device, rules):
+    mesh = {"dp": "data=4,fsdp=2", "fsdp": "data=2,fsdp=4", "tp": "data=2,tensor=4"}[rules]
+    config = load(VIT, f"mesh={mesh}", f"rules={rules}")
+    assert_equal_curves(curve(config), one_device(load(VIT)))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("mesh=data=2,fsdp=2,tensor=2",),
+        ("mesh=data=2,fsdp=2,tensor=2", "model.scan_layers=true"),
+        ("mesh=fsdp=8", "remat=full"),
+        ("mesh=data=8", "partitioner=shard_map"),
+        ("mesh=data=8", "partitioner=shard_map", "accum=2", "remat=dots"),
+        ("mesh=data=8", "partitioner=pmap"),
+        ("mesh=data=8", "partitioner=pmap", "accum=4"),
+    ],
+    ids=" ".join,
+)
+def test_plain_sgd_with_dropout_gives_the_one_device_curve(load, one_device, layout):
+    scanned = [o for o in layout if o.startswith("model.")]
+    expected = one_device(load(VIT, *BARE, *scanned))
+    assert_equal_curves(curve(load(VIT, *BARE, *layout)), expected)
+
+
+@pytest.mark.parametrize("partitioner", ["shard_map", "pmap"])
+def test_partitioners_give_the_one_device_curve(load, one_device, partitioner):
+    config = load(VIT, "mesh=data=8", f"partitioner={partitioner}")
+    assert_equal_curves(curve(config), one_device(load(VIT)))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("scan", ["false", "true"])
+def test_remat_gives_the_curve_without_it(load, one_device, remat, scan):
+    same = f"model.scan_layers={scan}"
+    config = load(VIT, same, f"remat={remat}")
+    assert_equal_curves(curve(config, devices=1), one_device(load(VIT, same)))
+
+
+@pytest.mark.parametrize("accum", [2, 4])
+@pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2"])
+def test_accumulation_gives_the_curve_of_one_batch(load, one_device, accum, mesh):
+    config = load(VIT, *BARE, f"accum={accum}", f"mesh={mesh}")
+    devices = 1 if mesh == "data=1" else 8
+    assert_equal_curves(curve(config, devices=devices), one_device(load(VIT, *BARE)))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("mesh=data=8",),
+        ("mesh=data=2,fsdp=2,tensor=2",),
+        ("mesh=data=8", "partitioner=shard_map"),
+        ("mesh=data=8", "partitioner=pmap"),
+        ("mesh=data=8", "partitioner=shard_map", "remat=full"),
+    ],
+    ids=" ".join,
+)
+def test_batch_norm_sees_the_global_batch_on_every_layout(load, one_device, layout):
+    # A ReLU whose input rounds to the other side of zero changes the gradient by one activation's
+    # share, and a large rate amplifies it: hence the small rate, and 1e-4 for the gradient's norm.
+    # Statistics of a device's own rows would be off by more than 1e-2.
+    same = ("optim.schedule.peak=0.01", "optim.schedule.name=constant", "optim.momentum=0.0")
+    actual = curve(load("digits_resnet:smoke", *same, *layout))
+    expected = one_device(load("digits_resnet:smoke", *same))
+    assert_equal_curves(actual, expected, ("loss", "param_norm"))
+    assert_equal_curves(actual, expected, ("grad_norm", "update_norm"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb"])
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
+def test_trust_ratios_are_global_norms(load, one_device, optimizer, mesh):
+    same = ("optim.name=" + optimizer, "optim.clip_norm=0.0")
+    config = load("digits_mlp:smoke", *same, f"mesh={mesh}")
+    assert_equal_curves(curve(config), one_device(load("digits_mlp:smoke", *same)))
