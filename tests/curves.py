@@ -1,13 +1,16 @@
-"""The curve of a short run, for the laws that compare two of them."""
+"""The curve of a short run, and the laws that compare two of them."""
 
 import jax
 import numpy as np
 
 from lsdl.experiment import build
+from lsdl.optim.chain import path
+
+NAMES = ("loss", "grad_norm", "update_norm", "param_norm")
 
 
 def curve(config, *, devices=8, steps=20):
-    """Loss, accuracy and norms of the first steps on `devices` virtual devices: {name: (steps,)}."""
+    """(metrics of each of the first steps, state after the last) on `devices` virtual devices."""
     experiment = build(config, devices=jax.devices()[:devices])
     state = experiment.init()
     step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
@@ -17,12 +20,32 @@ def curve(config, *, devices=8, steps=20):
         state, metrics = step(state, batch)
         rows.append(metrics)
     rows = jax.device_get(rows)
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}, host(state)
 
 
-NAMES = ("loss", "grad_norm", "update_norm", "param_norm")
+def host(state):
+    """A copy of the state's float arrays on the host (`device_get` on CPU is only a view)."""
+    names = ("params", "model_state", "opt_state")
+    return {name: jax.tree.map(np.array, getattr(state, name)) for name in names}
 
 
 def assert_equal_curves(actual, expected, names=NAMES, *, rtol=1e-5):
     for name in names:
         np.testing.assert_allclose(actual[name], expected[name], rtol=rtol, err_msg=name)
+
+
+def assert_equal_states(actual, expected, *, rtol=1e-4):
+    """Leaf by leaf, in the Euclidean norm: the optimizer's moments, or parameters if it has none.
+
+    Moments are sums of gradients, so a gradient of the right norm and the wrong direction, which
+    no curve shows, differs here by order 1. What is zero but for rounding (a key's bias, to which
+    softmax is blind) is measured against its tree; Adam moves it at random, so that parameters
+    can be compared under SGD alone.
+    """
+    moments = any(np.ndim(leaf) for leaf in jax.tree.leaves(expected["opt_state"]))
+    for name in ("opt_state" if moments else "params", "model_state"):
+        expected_leaves = jax.tree_util.tree_leaves_with_path(expected[name])
+        scale = np.sqrt(sum(np.sum(np.square(b, dtype=np.float64)) for _, b in expected_leaves))
+        for a, (keys, b) in zip(jax.tree.leaves(actual[name]), expected_leaves, strict=True):
+            error = np.linalg.norm(np.subtract(a, b, dtype=np.float64))
+            assert error <= rtol * np.linalg.norm(b) + 1e-6 * scale, (name, path(keys), error)

@@ -124,7 +124,6 @@ print(zlib.crc32(b"".join(reader[i]["image"].tobytes() for i in range(270))))
 """
 
 
-@pytest.mark.xfail(reason="the second one's builder is made before the set is there: KeyError")
 def test_processes_that_start_together_prepare_once(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("LSDL_DATA_DIR", str(tmp_path / "data"))
     code = "import sys; sys.argv[1:] = {!r}\n" + PREPARE
@@ -444,7 +443,8 @@ def test_mocked_cifar10_trains(empty, load):
             *(f"data.{split}_examples=24" for split in ("train", "valid", "test")),
             *("batch_size=8", "model.patch=8", "model.width=8", "model.num_layers=1"),
             *("model.num_heads=2", "model.mlp_dim=16", "model.stem=0", "optim.name=sgd"),
-        )
+        ),
+        devices=jax.devices()[:1],
     )
     with tfds.testing.mock_data(num_examples=24):
         experiment.check_data()

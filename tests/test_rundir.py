@@ -49,13 +49,22 @@ def test_everything_lies_in_the_folder(tmp_path):
     assert not folder.path.exists()
 
 
-@pytest.mark.parametrize("name", ["file", "file/run", "file/a/b", "x" * 300])
-def test_folder_that_cannot_be_is_one_sentence(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("file", "is a file"),
+        ("file/run", "is a file"),
+        ("file/a/b", "is a file"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_folder_that_cannot_be_is_one_sentence(tmp_path, name, why):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError) as error:
         RunDir(tmp_path / name).create()
     sentence = str(error.value)
     assert str(tmp_path / name) in sentence
+    assert why in sentence
     assert sentence.endswith("choose another --workdir.")
     assert len(sentence.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -21,18 +21,21 @@ from lsdl.sharding.mesh import BATCH_AXES
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 _BATCH = (("batch", BATCH_AXES),)
+_WIDE = ("heads", "mlp", "vocab", "conv_out")
+_TENSOR = tuple((axis, "tensor") for axis in _WIDE)
+_FSDP = (("embed", "fsdp"), *((axis, "fsdp") for axis in _WIDE))
 # A dim that tensor parallelism splits is split over fsdp too where no other dim of the array
 # takes it (biases and the like), so that FSDP leaves nothing large replicated.
-_TENSOR = tuple((axis, "tensor") for axis in ("heads", "mlp", "vocab", "conv_out"))
-_BOTH = tuple((axis, ("tensor", "fsdp")) for axis in ("heads", "mlp", "vocab", "conv_out"))
-_FSDP = (("embed", "fsdp"), ("conv_in", "fsdp"))
-_FSDP_ALONE = tuple((axis, "fsdp") for axis in ("heads", "mlp", "vocab", "conv_out"))
+_BOTH = tuple((axis, ("tensor", "fsdp")) for axis in _WIDE)
 
+# Nothing splits `conv_in`: with a kernel split over fsdp on its inputs and over tensor on its
+# outputs, and the batch over data and fsdp, XLA's partitioner (jax 0.10.2 to 0.12.0) computes
+# wrong gradients. tests/test_layouts.py compares gradients leaf by leaf because of it.
 TABLES: dict[str, Rules] = {
     "dp": _BATCH,
-    "fsdp": (*_BATCH, *_FSDP, *_FSDP_ALONE),
+    "fsdp": (*_BATCH, *_FSDP),
     "tp": (*_BATCH, *_TENSOR),
-    "fsdp_tp": (*_BATCH, *_FSDP, *_BOTH, *_TENSOR),
+    "fsdp_tp": (*_BATCH, ("embed", "fsdp"), *_BOTH, *_TENSOR, *_FSDP),
 }
 LARGE_BYTES = 2**20  # an array from this size on must be split if a rule meant to
 
