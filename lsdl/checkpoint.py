@@ -22,7 +22,10 @@ class Checkpoints:
         kept: list[Any] = [_policies.LatestN(keep_latest)]
         if keep_best:
             by_loss = lambda metrics: -metrics["loss"]  # noqa: E731  (orbax keeps the highest)
-            kept.append(_policies.BestN(get_metric_fn=by_loss, n=keep_best))
+            best = _policies.BestN(
+                get_metric_fn=by_loss, n=keep_best, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
         self._manager = ocp.CheckpointManager(
             path,
             options=ocp.CheckpointManagerOptions(

@@ -81,7 +81,7 @@ class RunDir:
         except json.JSONDecodeError as error:
             raise UserError(f"{self.config} is not valid JSON ({error}): mend it.") from error
 
-    def write_config(self, *, source: str, overrides: dict, config: dict, changes: dict) -> None:
+    def write_config(self, *, source: str, overrides: dict, fields: dict, changes: dict) -> None:
         """Store the resolved config; a resume that changes fields appends to its history."""
         stored = self.read_config() or {"history": []}
         entry = {"time": _now(), "overrides": overrides}
@@ -94,7 +94,7 @@ class RunDir:
             {
                 "source": source,
                 "overrides": overrides,
-                "config": config,
+                "config": fields,
                 "history": stored["history"],
             },
         )

@@ -104,7 +104,7 @@ def open_folder(folder, config, given: dict, source: str) -> None:
     changes = configs.compare(stored["config"], current) if stored else {}
     for field, (old, new) in changes.items():
         print(f"resuming with {field}: {old} -> {new}")
-    folder.write_config(source=source, overrides=given, config=current, changes=changes)
+    folder.write_config(source=source, overrides=given, fields=current, changes=changes)
     devices = {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
     folder.write_env(devices=devices | {"processes": jax.process_count()})
 

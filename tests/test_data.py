@@ -39,8 +39,11 @@ def finish(process):
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return {split: read(split) for split in SPLITS}
+def digits(tmp_path_factory):
+    """Prepared anew: what lies in the cache may be of older code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LSDL_DATA_DIR", str(tmp_path_factory.mktemp("digits")))
+        return {split: read(split) for split in SPLITS}
 
 
 # --- digits ---------------------------------------------------------------------------------------
@@ -408,6 +411,17 @@ def test_a_prepared_stock_set_is_read_from_disk(empty, name, version):
     write_small(empty, name, version)
     reader = sources.open_reader(f"tfds:{name}", "train", expected=48)
     assert reader[0]["image"].shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "small_pictures"])
+def test_tfds_own_folder_is_read_too_after_lsdls(empty, name):
+    version = "1.0.0" if name == "small_pictures" else str(tfds.builder_cls(name).VERSION)
+    theirs = Path(tfds.core.constants.DATA_DIR)
+    write_small(theirs, name, version)
+    assert len(sources.open_reader(f"tfds:{name}", "train", expected=48)) == 48
+    shutil.copytree(theirs / name, empty / name)
+    shutil.rmtree(theirs)
+    assert len(sources.open_reader(f"tfds:{name}", "train", expected=48)) == 48
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""A module imports lsdl modules of lower levels only; each dependency has one door."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lsdl"
+
+# Level by level; inside a package a file imports only files listed before it.
+LEVELS = [
+    ["errors", "config", "state", "metrics", "rundir"],
+    [
+        *("data.digits", "data.sources", "data.transforms", "data.loader"),
+        *("models.remat", "models.layers", "models.transformer"),
+        *("models.mlp", "models.vit", "models.resnet"),
+        *("optim.schedules", "optim.chain"),
+        *("sharding.mesh", "sharding.rules", "sharding.partition"),
+        *("tasks", "checkpoint", "processes"),
+    ],
+    ["step"],
+    [],
+    ["experiment"],
+    ["loop"],
+    [],
+    ["train"],
+]
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+ORDER = {module: i for i, module in enumerate(itertools.chain.from_iterable(LEVELS))}
+
+# Who may import what: a replacement is then one file.
+DOORS = {
+    "orbax": {"checkpoint"},
+    "tensorflow_datasets": {"data.digits", "data.sources"},
+    "grain": {"data.loader"},
+    "sklearn": {"data.digits"},
+    "tensorboardX": {"metrics"},
+    "optax": {"optim.schedules", "optim.chain", "step", "tasks", "experiment"},
+    "flax": {"state", "experiment"} | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
+    "ml_collections": {"config", "experiment"},
+    "argparse": {"train"},
+}
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+def tree(module):
+    return ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())
+
+
+def imports(module):
+    """Every dotted name that `module` imports, wherever in the file."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def own_imports(module):
+    for name in imports(module):
+        if name.split(".")[0] == "lsdl":
+            parts = name.split(".")[1:]
+            candidates = [".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in LEVEL]
+            assert candidates, f"{module} imports {name}, which has no level"
+            yield candidates[0]
+
+
+def breaks(module, imported):
+    """Whether `module` may not import `imported`."""
+    if LEVEL[imported] != LEVEL[module]:
+        return LEVEL[imported] > LEVEL[module]
+    same_package = "." in module and module.split(".")[0] == imported.split(".")[0]
+    return not ((same_package or LEVEL[module] == 0) and ORDER[imported] < ORDER[module])
+
+
+def test_every_module_has_a_level():
+    assert sorted(LEVEL) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    assert [name for name in own_imports(module) if breaks(module, name)] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_dependency_has_one_door(module):
+    for name in imports(module):
+        root = name.split(".")[0]
+        assert module in DOORS.get(root, {module}), f"{module} imports {name}"
+
+
+def test_the_rule_sees_a_wrong_import():
+    assert breaks("state", "step")
+    assert breaks("models.layers", "models.vit")
+    assert breaks("models.vit", "sharding.rules")
+    assert breaks("tasks", "checkpoint")
+    assert not breaks("models.vit", "models.layers")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_config_fields_are_read_only_where_allowed(module):
+    if module in ("config", "experiment", "train"):
+        return
+    for node in ast.walk(tree(module)):
+        name = getattr(node, "id", getattr(node, "arg", None))
+        assert name not in ("config", "ConfigDict"), f"{module}:{node.lineno}"
+        assert getattr(node, "attr", None) != "ConfigDict"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_mesh_is_made_in_one_place(module):
+    if module == "sharding.mesh":
+        return
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert (
+                called.split(".")[-1] not in ("Mesh", "make_mesh") or called == "meshes.make_mesh"
+            )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_default_hides_in_a_get(module):
+    """`config.get(key, default)` answers a mistyped key with the default."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("config.get", "group.get"):
+            assert len(node.args) == 1, f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_stay_short(module):
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.FunctionDef) and (module, node.name) != ("experiment", "build"):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 60, f"{module}.{node.name} has {lines} lines"
+
+
+def test_entries_stay_thin():
+    for entry in LEVELS[-1]:
+        length = len((PACKAGE / f"{entry}.py").read_text().splitlines())
+        assert length <= 130, f"{entry} has {length} lines"
+
+
+def test_importing_lsdl_leaves_tensorflow_and_plots_alone():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, lsdl.train, lsdl.experiment, lsdl.loop; "
+        "print([m for m in ('tensorflow', 'torch', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
