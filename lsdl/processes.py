@@ -55,6 +55,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def devices() -> dict:
+    """What the job runs on, for the run folder."""
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    return {"count": jax.device_count(), "kinds": kinds, "processes": jax.process_count()}
+
+
 def agree(work: Callable[[], Any]) -> Any:
     """Run `work` on process 0 alone; if it raises a `UserError`, every process leaves with it.
 

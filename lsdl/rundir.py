@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from lsdl.config import compare
 from lsdl.errors import LockedError, UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
@@ -29,6 +30,20 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self._lock = None
+
+    def claim(self, *, source: str, overrides: dict, fields: dict, devices: dict) -> dict:
+        """Make the folder this run's: create, lock, compare with what it holds, record.
+
+        Returns {field: (stored, current)} of what a resume changes. Raises `UserError` rather
+        than mix two experiments in one folder.
+        """
+        self.create()
+        self.acquire()
+        stored = self.read_config()
+        changes = compare(stored["config"], fields) if stored else {}
+        self.write_config(source=source, overrides=overrides, fields=fields, changes=changes)
+        self.write_env(devices=devices)
+        return changes
 
     def create(self) -> None:
         """Make the folder, or say in one sentence why it cannot be one."""

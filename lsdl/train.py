@@ -75,7 +75,16 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise UserError(f"{folder.path} holds no checkpoint to evaluate: train first.")
         say(loop.table(outcome, experiment))
         return FINISHED
-    processes.agree(lambda: open_folder(folder, config, given, arguments.config))
+    changes = processes.agree(
+        lambda: folder.claim(
+            source=arguments.config,
+            overrides=given,
+            fields=configs.to_json(config),
+            devices=processes.devices(),
+        )
+    )
+    for field, (old, new) in (changes or {}).items():
+        say(f"resuming with {field}: {old} -> {new}")
     say(loop.heading(experiment))
     try:
         outcome = loop.run(experiment, folder)
@@ -90,23 +99,6 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         say(loop.table(outcome, experiment))
     say(f"written: {folder.metrics}\n         {folder.checkpoints}\n         {folder.tensorboard}")
     return FINISHED
-
-
-def open_folder(folder, config, given: dict, source: str) -> None:
-    """Create and lock the run folder, and refuse to mix two experiments in it."""
-    import jax
-
-    from lsdl import config as configs
-
-    folder.create()
-    folder.acquire()
-    stored, current = folder.read_config(), configs.to_json(config)
-    changes = configs.compare(stored["config"], current) if stored else {}
-    for field, (old, new) in changes.items():
-        print(f"resuming with {field}: {old} -> {new}")
-    folder.write_config(source=source, overrides=given, fields=current, changes=changes)
-    devices = {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
-    folder.write_env(devices=devices | {"processes": jax.process_count()})
 
 
 if __name__ == "__main__":
