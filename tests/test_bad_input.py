@@ -249,6 +249,24 @@ def test_refusal_is_one_sentence_here_too(refused, case):
         assert word in sentence
 
 
+@BUG
+@pytest.mark.parametrize(
+    ("model", "override"),
+    [
+        ("mlp", "activation=relux"),
+        ("mlp", "activation=Dense"),
+        ("mlp", "hidden=(0,)"),
+        ("mlp", "hidden=(-3,)"),
+        ("mlp", "hidden=('wide',)"),
+        ("resnet", "width=0"),
+        ("resnet", "width=-8"),
+    ],
+)
+def test_field_of_a_model_out_of_range_is_refused(refused, model, override):
+    sentence = refused(f"--config.model.{override}", config=f"digits_{model}:smoke")
+    assert f"model.{override.partition('=')[0]}" in sentence
+
+
 # Config files
 
 

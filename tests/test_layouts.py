@@ -108,13 +108,24 @@ def test_accumulation_gives_the_curve_of_one_batch(load, one_device, accum, mesh
     ids=" ".join,
 )
 def test_batch_norm_sees_the_global_batch_on_every_layout(load, one_device, layout):
+    assert_equal_resnets(load, one_device, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", SPLITS_OF_8)
+def test_a_resnet_on_every_split_of_8_devices(load, one_device, mesh):
+    assert_equal_resnets(load, one_device, ("model.depth=14", f"mesh={mesh}"))
+
+
+def assert_equal_resnets(load, one_device, layout):
     # A ReLU whose input rounds to the other side of zero changes the gradient by one activation's
     # share, and each step at a working rate makes that ten times larger: hence a rate that hardly
     # moves the parameters, over 20 batches, and 1e-4 for the gradient's norm. Statistics of a
     # device's own rows would be off by more than 1e-2.
     same = ("optim.schedule.peak=1e-5", "optim.schedule.name=constant", "optim.momentum=0.0")
     actual = curve(load("digits_resnet:smoke", *same, *layout))
-    expected = one_device(load("digits_resnet:smoke", *same))
+    depth = [o for o in layout if o.startswith("model.")]
+    expected = one_device(load("digits_resnet:smoke", *same, *depth))
     assert_equal_curves(actual[0], expected[0], ("loss", "param_norm"))
     assert_equal_curves(actual[0], expected[0], ("grad_norm", "update_norm"), rtol=1e-4)
     assert_equal_states(actual[1], expected[1])

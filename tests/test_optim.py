@@ -157,7 +157,7 @@ def make_optimizer(name, schedule=lambda step: 0.1 / (1 + step), **kwargs):
         nesterov=False,
         b1=0.8,
         b2=0.95,
-        eps=1e-6,
+        eps=1e-3,
         trust_coefficient=0.02,
     )
     return chain.make_optimizer(name, schedule, **fields | kwargs)
@@ -209,7 +209,7 @@ class Reference:
         """Bias-corrected, eq. 1 of Kingma and Ba 2015."""
         self.m[path] = 0.8 * self.m.get(path, 0.0) + 0.2 * g
         self.v[path] = 0.95 * self.v.get(path, 0.0) + 0.05 * g**2
-        return self.m[path] / (1 - 0.8**t) / (np.sqrt(self.v[path] / (1 - 0.95**t)) + 1e-6)
+        return self.m[path] / (1 - 0.8**t) / (np.sqrt(self.v[path] / (1 - 0.95**t)) + 1e-3)
 
     @staticmethod
     def ratio(p, u, coefficient):
