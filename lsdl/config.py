@@ -5,11 +5,11 @@ locked. What the template holds is the whole schema: there is no default below t
 """
 
 import ast
-import importlib.util
 import json
 import math
 import os
 import re
+import runpy
 
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
@@ -142,7 +142,7 @@ def _override(config: ConfigDict, field: str, text: str):
     kind = config.get_type(leaf)
     try:
         value = _parse(text, kind)
-    except (ValueError, SyntaxError, KeyError) as error:
+    except (ValueError, TypeError, SyntaxError, KeyError, MemoryError) as error:
         example = {bool: "true or false", tuple: "('a', 'b')"}.get(kind, f"of type {kind.__name__}")
         raise UserError(f"--config.{field}={text}: the value must be {example}.") from error
     config[leaf] = value
@@ -161,14 +161,13 @@ def _parse(text: str, kind: type):
 def _read(path: str) -> ConfigDict:
     """What the file's `get_config(arg)` returns."""
     file, _, arg = path.partition(":")
-    spec = importlib.util.spec_from_file_location("lsdl_config", file)
-    if spec is None or not os.path.isfile(file):
+    if not file.endswith(".py") or not os.path.isfile(file):
         raise UserError(f"There is no config file {file!r}: give the path of a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    # Not an import: the cache of bytecode misses an edit within the same second.
+    module = runpy.run_path(file, run_name="lsdl_config")
+    if "get_config" not in module:
         raise UserError(f"The config file {file!r} has no function get_config(arg).")
-    return module.get_config(arg)
+    return module["get_config"](arg)
 
 
 def _unknown_field(word: str, config: ConfigDict) -> str:
@@ -202,11 +201,17 @@ def validate(config: ConfigDict) -> None:
     schema = template()
     fields, own = flatten(schema), ("model.",)
     actual = flatten(config)
-    for field in fields.keys() - actual.keys():
+    for field in sorted(fields.keys() - actual.keys()):
         raise UserError(f"The config lacks the field {field!r}: start from lsdl.config.template().")
     for field in sorted(actual.keys() - fields.keys()):
         if not field.startswith(own):
             raise UserError(f"The config has no field {field!r}: {nearest(field, fields)}")
+    for field, value in actual.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{field}={value} must be a finite number.")
+    _check_tuples(actual)
+    if not actual["name"]:
+        raise UserError("name='' is empty: it names the run's default folder, runs/NAME.")
     for name in DURATIONS:
         spelled = [f"{name}_{u}" for u in UNITS if actual.get(f"{name}_{u}") is not None]
         if len(spelled) != 1:
@@ -218,6 +223,9 @@ def validate(config: ConfigDict) -> None:
     for field in ("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"):
         if actual[field] < 1:
             raise UserError(f"{field}={actual[field]} must be at least 1.")
+    for field in ("checkpoint.keep_best", "optim.clip_norm"):
+        if actual[field] < 0:
+            raise UserError(f"{field}={actual[field]} must not be negative.")
     if not 0 <= actual["seed"] < 2**32:
         raise UserError(f"seed={actual['seed']} must be within [0, 2^32).")
     if actual["batch_size"] % actual["accum"]:
@@ -225,6 +233,25 @@ def validate(config: ConfigDict) -> None:
             f"accum={actual['accum']} must divide batch_size={actual['batch_size']}: "
             f"choose from {_divisors(actual['batch_size'])}."
         )
+
+
+def _check_tuples(actual: dict) -> None:
+    """A tuple's elements have no type of their own in a ConfigDict."""
+    words, percents = actual["data.transforms"], actual["optim.schedule.boundaries_percent"]
+    if not all(isinstance(word, str) for word in words):
+        raise UserError(f"data.transforms={words} must hold words such as 'shift:1'.")
+    if not all(isinstance(p, int | float) and math.isfinite(p) for p in percents):
+        raise UserError(f"optim.schedule.boundaries_percent={percents} must hold numbers.")
+    for field in ("optim.decay_mask", "optim.trust_mask"):
+        for rule in actual[field]:
+            try:
+                pattern, value = rule
+                re.compile(pattern)
+                good = isinstance(value, bool)
+            except (TypeError, ValueError, re.error):
+                good = False
+            if not good:
+                raise UserError(f"{field} has the rule {rule!r}: write ('regex', True or False).")
 
 
 def _divisors(n: int) -> str:

@@ -82,12 +82,18 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) ->
         raise UserError(
             f"batch_size={batch_size} is larger than the {counts['train']} training examples."
         )
+    for split, count in counts.items():
+        if count < 1:
+            raise UserError(
+                f"data.{split}_split={config.data[f'{split}_split']!r} holds no examples."
+            )
     units = dict(batch_size=batch_size, steps_per_epoch=steps_per_epoch)
     total_steps = duration_steps(config, "total", **units)
     units["total_steps"] = total_steps
 
     task = _task(config)
     module = _module(config, task)
+    _check_ranges(config.model)
     _check_divides(config, mesh, task.image_shape)
     warmup_steps = duration_steps(config.optim.schedule, "warmup", **units)
     schedule = _schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
@@ -239,6 +245,18 @@ def _optimizer(config: ConfigDict, schedule: optax.Schedule):
         eps=optim.eps,
         trust_coefficient=optim.trust_coefficient,
     )
+
+
+def _check_ranges(model: ConfigDict) -> None:
+    for name in ("width", "num_layers", "num_heads", "mlp_dim", "patch"):
+        if name in model and model[name] < 1:
+            raise UserError(f"model.{name}={model[name]} must be at least 1.")
+    if "hidden" in model and any(not isinstance(w, int) or w < 1 for w in model.hidden):
+        raise UserError(f"model.hidden={model.hidden} must hold widths of at least 1.")
+    if "activation" in model:
+        _choice("model.activation", model.activation, ("relu", "gelu", "silu", "tanh"))
+    if "dropout" in model and not 0 <= model.dropout < 1:
+        raise UserError(f"model.dropout={model.dropout} must be within [0, 1).")
 
 
 def _check_divides(config: ConfigDict, mesh: Mesh, image_shape: tuple[int, int, int]) -> None:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from lsdl.checkpoint import Checkpoints
 from lsdl.data.loader import Loader
-from lsdl.errors import UserError
 from lsdl.experiment import SPLITS, Experiment
 from lsdl.metrics import JsonLines, TensorBoard, Writers, means, read_rows
 from lsdl.processes import is_main
@@ -95,11 +94,6 @@ def run(experiment: Experiment, folder: RunDir, *, quiet: bool = False) -> Outco
     writers = None
     try:
         first = checkpoints.latest_step() or 0
-        if first > experiment.total_steps:
-            raise UserError(
-                f"{folder.path} has {first} steps already, more than the {experiment.total_steps} "
-                "asked for: raise total_*, or choose another --workdir."
-            )
         done = _results(folder, experiment)
         if first == experiment.total_steps and done:
             return Outcome(first, results=done, best_step=_best_step(folder), trained=False)

@@ -31,7 +31,9 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self._lock = None
 
-    def claim(self, *, source: str, overrides: dict, fields: dict, devices: dict) -> dict:
+    def claim(
+        self, *, source: str, overrides: dict, fields: dict, devices: dict, total_steps: int
+    ) -> dict:
         """Make the folder this run's: create, lock, compare with what it holds, record.
 
         Returns {field: (stored, current)} of what a resume changes. Raises `UserError` rather
@@ -39,10 +41,25 @@ class RunDir:
         """
         self.create()
         self.acquire()
-        stored = self.read_config()
-        changes = compare(stored["config"], fields) if stored else {}
+        try:
+            changes = self.check(fields=fields, total_steps=total_steps)
+        except UserError:
+            self.release()
+            raise
         self.write_config(source=source, overrides=overrides, fields=fields, changes=changes)
         self.write_env(devices=devices)
+        return changes
+
+    def check(self, *, fields: dict, total_steps: int | None = None) -> dict:
+        """What a run of `fields` changes here; `UserError` if it may not. Writes nothing."""
+        stored = self.read_config()
+        changes = compare(stored["config"], fields) if stored else {}
+        saved = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdigit()]
+        if total_steps is not None and max(saved, default=0) > total_steps:
+            raise UserError(
+                f"{self.path} has {max(saved)} steps already, more than the {total_steps} asked "
+                "for: raise total_*, or choose another --workdir."
+            )
         return changes
 
     def create(self) -> None:

@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(arguments, overrides)
     except UserError as error:
-        if not arguments.process_id:
-            print(f"lsdl: {error}", file=sys.stderr)
+        number, of = arguments.process_id or 0, arguments.num_processes or 0
+        if not (arguments.coordinator and 0 < number < of):  # those leave it to process 0
+            print(f"lsdl: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nInterrupted before the state was saved.", file=sys.stderr)
@@ -70,6 +71,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     folder = RunDir(arguments.workdir or f"runs/{config.name}")
     say = print if processes.is_main() else lambda *_: None
     if arguments.eval_only:
+        folder.check(fields=configs.to_json(config))
         outcome = loop.evaluate_run(experiment, folder) if folder.checkpoints.exists() else None
         if outcome is None:
             raise UserError(f"{folder.path} holds no checkpoint to evaluate: train first.")
@@ -81,6 +83,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
             overrides=given,
             fields=configs.to_json(config),
             devices=processes.devices(),
+            total_steps=experiment.total_steps,
         )
     )
     for field, (old, new) in (changes or {}).items():

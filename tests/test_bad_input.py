@@ -16,7 +16,6 @@ from lsdl.train import main
 from tests.conftest import CONFIGS
 
 SMOKE = "digits_vit:smoke"
-BUG = pytest.mark.xfail(strict=True, reason="found, not yet mended")
 SHORT = (
     "--config.total_steps=2",
     "--config.eval.every_steps=2",
@@ -239,8 +238,6 @@ BUGS = {
 }
 
 
-@BUG
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("case", BUGS)
 def test_refusal_is_one_sentence_here_too(refused, case):
     arguments, words = BUGS[case]
@@ -249,7 +246,6 @@ def test_refusal_is_one_sentence_here_too(refused, case):
         assert word in sentence
 
 
-@BUG
 @pytest.mark.parametrize(
     ("model", "override"),
     [
@@ -319,12 +315,9 @@ OTHER = {
 }
 
 
-# Until a refused folder is closed: see the test after the next.
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("override", OTHER)
 def test_workdir_of_another_config_is_refused(refused, finished, override):
     sentence = refused(*SHORT, f"--config.{override}", workdir=finished)
-    gc.collect()
     assert OTHER[override] in sentence
     assert override.partition("=")[0].rpartition("_")[0] in sentence
     assert "--workdir" in sentence
@@ -340,8 +333,6 @@ def test_workdir_of_the_same_config_is_not_refused(train, finished, compiled):
     assert changed <= {"env.json"}
 
 
-@BUG
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_refused_workdir_is_not_left_locked(refused, finished):
     gc.disable()
     try:
@@ -351,22 +342,17 @@ def test_refused_workdir_is_not_left_locked(refused, finished):
         folder.release()
     finally:
         gc.enable()
-        gc.collect()
 
 
-@BUG
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_run_shorter_than_what_is_done_is_refused(train, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     before = contents(workdir)
     code, _, err = train(SMOKE, f"--workdir={workdir}", *SHORT, "--config.total_steps=1")
-    gc.collect()
     assert code == BAD_INPUT
     assert "2 steps already" in err
     assert contents(workdir) == before
 
 
-@BUG
 @pytest.mark.parametrize("override", ["model.num_layers=1", "optim.name=sgd"])
 def test_another_config_cannot_be_evaluated(refused, finished, override):
     sentence = refused(*SHORT, "--eval-only", f"--config.{override}", workdir=finished)
@@ -382,13 +368,11 @@ def test_workdir_in_use_is_refused_with_a_code_of_its_own(refused, finished):
         owner.release()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_workdir_with_a_broken_config_is_refused(train, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_text('{"config": ')
     code, out, err = train(SMOKE, f"--workdir={workdir}")
-    gc.collect()
     assert (code, out) == (BAD_INPUT, "")
     assert err.startswith(f"lsdl: {workdir / 'config.json'} is not valid JSON")
     assert len(err.splitlines()) == 1
@@ -447,7 +431,6 @@ def test_flags_that_cannot_be_parsed_leave_with_two(arguments, capsys):
         pytest.param(
             ["--config.data.source=tfds:cifar10", "--config.data.valid_split=test"],
             "lsdl: tfds:cifar10 is not on disk.",
-            marks=BUG,
         ),
     ],
 )

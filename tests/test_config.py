@@ -126,7 +126,6 @@ def test_file_without_get_config_is_refused(tmp_path):
     assert repr(str(path)) in sentence
 
 
-@pytest.mark.xfail(strict=True, reason="the import system's bytecode cache is in between")
 def test_file_is_read_anew_each_time(write, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for seed in (1, 2):  # the same size, and for the cache the same second
@@ -456,7 +455,6 @@ def test_out_of_range_is_refused(resolve, override):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("field", ["total_epochs", "eval.every_percent"])
-@pytest.mark.xfail(strict=True, reason="a duration that is no number reaches round()")
 def test_duration_that_is_no_number_is_refused(resolve, field, value):
     assert field in refusal(resolve, f"{field}={value}")
 

@@ -161,12 +161,13 @@ def _embedded() -> str:
 def _builder(source: str) -> tfds.core.DatasetBuilder:
     if source == "digits":
         return digits.Digits(data_dir=str(data_dir()), file_format="array_record")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what `_missing` explains
     name = source.removeprefix("tfds:")
     ours = data_dir() / name.partition("/")[0].partition(":")[0]
     try:
         # Sets prepared for lsdl come first, then the folder that TFDS itself uses.
         return tfds.builder(name, data_dir=str(data_dir()) if ours.exists() else None)
-    except tfds.core.DatasetNotFoundError as error:
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise UserError(
             f"TFDS knows no data set {name!r}, and {data_dir()} holds none of that name."
         ) from error
