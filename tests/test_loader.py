@@ -435,7 +435,6 @@ def test_bad_transforms_are_errors(text):
         transforms.parse(text)
 
 
-@pytest.mark.xfail(strict=True, reason="numpy's ValueError escapes in the first batch")
 def test_a_negative_shift_is_an_error():
     with pytest.raises(UserError, match="not of the form"):
         transforms.parse("shift:-1")

@@ -120,7 +120,6 @@ def test_a_boundary_belongs_to_what_follows_it():
     )
 
 
-@pytest.mark.xfail(strict=True, reason="boundaries that round to one step count once")
 def test_boundaries_on_the_same_step_all_count():
     schedule = make_schedule("step", total_steps=20, boundaries_percent=(90.0, 92.0))
     np.testing.assert_allclose(schedule(19), 0.003, rtol=1e-6)

@@ -54,6 +54,19 @@ def test_the_whole_state_is_donated(load, layout):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
 
+@pytest.mark.parametrize("layout", ["mesh=data=2,fsdp=2,tensor=2", "partitioner=shard_map"])
+def test_the_host_never_waits_for_a_step(load, layout):
+    experiment = build(load("digits_mlp:smoke", layout))
+    lowered = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
+    compiled = lowered.compile()
+    state = experiment.init()
+    batches = list(experiment.train_loader().batches(0, 3))
+    with jax.transfer_guard("disallow"):
+        for batch in batches:
+            state, metrics = compiled(state, batch)
+    assert np.isfinite(metrics["loss"])
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 def test_fsdp_holds_an_eighth_of_the_state_on_each_device(load, optimizer):
     experiment = build(load(VIT, "mesh=fsdp=8", f"optim.name={optimizer}"))

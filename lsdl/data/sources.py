@@ -35,7 +35,7 @@ class Card:
 _IMAGENET_MEAN, _IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 CARDS = {
     # mean and std of the train split's pixels
-    "digits": Card(digits.SPLITS, (8, 8, 1), 10, (4.88,), (6.02,)),
+    "digits": Card(digits.SPLITS, (8, 8, 1), 10, (4.89,), (6.02,)),
     "tfds:mnist": Card({"train": 60_000, "test": 10_000}, (28, 28, 1), 10, (33.3,), (78.6,)),
     "tfds:fashion_mnist": Card(
         {"train": 60_000, "test": 10_000}, (28, 28, 1), 10, (72.9,), (90.0,)
@@ -100,11 +100,12 @@ def num_examples(source: str, split: str, *, declared: int | None = None) -> int
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
         ends = [(p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts]
-        return sum(end - start for start, end in ends)
+        count = sum(end - start for start, end in ends)
     except (KeyError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{source} has no split {split!r}: it has {', '.join(sizes)}, and slices of them."
-        ) from error
+        raise _no_split(source, split, sizes) from error
+    if count < 1:
+        raise UserError(f"{source} has no split {split!r} with examples in it: {count} are left.")
+    return count
 
 
 def open_reader(source: str, split: str, *, expected: int):
@@ -119,6 +120,8 @@ def open_reader(source: str, split: str, *, expected: int):
         reader = builder.as_data_source(split=split)
     except (tfds.core.DatasetNotFoundError, AssertionError, FileNotFoundError) as error:
         raise _missing(source) from error
+    except (KeyError, ValueError) as error:
+        raise _no_split(source, split, builder.info.splits) from error
     except NotImplementedError as error:
         if not builder.is_prepared():
             raise _missing(source) from error
@@ -163,14 +166,24 @@ def _builder(source: str) -> tfds.core.DatasetBuilder:
         return digits.Digits(data_dir=str(data_dir()), file_format="array_record")
     logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what `_missing` explains
     name = source.removeprefix("tfds:")
-    ours = data_dir() / name.partition("/")[0].partition(":")[0]
     try:
-        # Sets prepared for lsdl come first, then the folder that TFDS itself uses.
-        return tfds.builder(name, data_dir=str(data_dir()) if ours.exists() else None)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        # What is on disk comes before what TFDS has code for: in lsdl's folder, then in TFDS's own.
+        for folder in (str(data_dir()), None):
+            with contextlib.suppress(tfds.core.DatasetNotFoundError):
+                return tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
+        return tfds.builder(name)
+    except Exception as error:  # a builder is other people's code: it may raise anything
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"TFDS knows no data set {name!r}, and {data_dir()} holds none of that name."
+            f"TFDS knows no data set {name!r} that could be read, and {data_dir()} holds none of "
+            f"that name ({type(error).__name__}: {reason})."
         ) from error
+
+
+def _no_split(source: str, split: str, splits: Mapping) -> UserError:
+    return UserError(
+        f"{source} has no split {split!r}: it has {', '.join(splits)}, and slices of them."
+    )
 
 
 def _missing(source: str) -> UserError:

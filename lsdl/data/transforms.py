@@ -17,6 +17,8 @@ Transform = Callable[[Example, np.random.Generator], Example]
 
 def shift(pixels: int) -> Transform:
     """Move the image by up to `pixels` in each direction, filling with zeros."""
+    if pixels < 0:
+        raise ValueError(f"{pixels} pixels")
 
     def apply(example: Example, rng: np.random.Generator) -> Example:
         down, right = rng.integers(0, 2 * pixels + 1, size=2)

@@ -1,5 +1,6 @@
 """Learning-rate schedules: `step -> value`, all of them optax's."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import optax
@@ -50,7 +51,8 @@ def make_schedule(
                 f"optim.schedule.boundaries_percent={tuple(boundaries_percent)} must lie after "
                 f"the warm-up, which ends at {100 * warmup_steps / total_steps:.3g} percent."
             )
-        after = optax.piecewise_constant_schedule(peak, dict.fromkeys(steps, step_factor))
+        factors = {step: step_factor**count for step, count in Counter(steps).items()}
+        after = optax.piecewise_constant_schedule(peak, factors)
     if warmup_steps == 0:
         return after
     return optax.join_schedules(
