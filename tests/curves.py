@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lsdl.experiment import build
 from lsdl.optim.chain import path
@@ -12,7 +13,11 @@ NAMES = ("loss", "grad_norm", "update_norm", "param_norm")
 def curve(config, *, devices=8, steps=20):
     """(metrics of each of the first steps, state after the last) on `devices` virtual devices."""
     experiment = build(config, devices=jax.devices()[:devices])
-    state = experiment.init()
+    # One device's start for all: one compilation, and that each mesh starts alike is a test's own.
+    alone = ConfigDict(config)
+    alone.update({"mesh": "data=1", "partitioner": "jit"})
+    start = build(alone, devices=jax.devices()[:1]).init()
+    state = jax.device_put(start, experiment.shardings)
     step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
     step = step.compile()
     rows = []

@@ -349,7 +349,6 @@ def test_images_of_no_fixed_shape_are_an_error(tmp_path, monkeypatch):
         sources.card("tfds:small_pictures")
 
 
-@pytest.mark.xfail(strict=True, reason="labels that are no classes: AttributeError")
 def test_labels_that_are_no_classes_are_an_error(tmp_path, monkeypatch):
     write_small(tmp_path, label="np.int64")
     monkeypatch.setenv("LSDL_DATA_DIR", str(tmp_path))
@@ -357,7 +356,6 @@ def test_labels_that_are_no_classes_are_an_error(tmp_path, monkeypatch):
         sources.card("tfds:small_pictures")
 
 
-@pytest.mark.xfail(strict=True, reason="it says that the set is not on disk")
 def test_a_set_on_disk_without_images_says_so(tmp_path, small_folder, monkeypatch):
     shutil.copytree(small_folder / "small_pictures", tmp_path / "small_pictures")
     file = tmp_path / "small_pictures" / "1.0.0" / "features.json"

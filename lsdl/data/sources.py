@@ -74,14 +74,19 @@ def card(source: str) -> Card:
             f"data.source={source!r} is unknown: use {_embedded()}, or tfds:NAME for a TFDS set."
         )
     info = _builder(source).info
-    if not info.splits or "image" not in info.features or "label" not in info.features:
+    if not info.splits:
         raise _missing(source)
-    image = info.features["image"].shape
+    features = dict(info.features.items())
+    classes = getattr(features.get("label"), "num_classes", None)
+    if "image" not in features or classes is None:
+        raise UserError(
+            f"data.source={source!r} holds no labelled images: it has {', '.join(features)}."
+        )
+    image = features["image"].shape
     if None in image:
         raise UserError(f"data.source={source!r} has images of no fixed shape ({image}).")
     channels = image[-1]
     sizes = {name: split.num_examples for name, split in info.splits.items()}
-    classes = info.features["label"].num_classes
     return Card(sizes, image, classes, (127.5,) * channels, (127.5,) * channels)
 
 
