@@ -6,8 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/digits_vit.py
 SHARD ?= 1/1
-HIGH := $(shell for p in python3.13 python3.12; do \
-  $$p -c 'import sys' 2>/dev/null && echo $$p && break; done)
+# The newest Python there is, on the PATH or among pyenv's.
+HIGH := $(shell for p in python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python \
+  python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python; do \
+  "$$p" -c 'import sys' 2>/dev/null && echo "$$p" && break; done)
 
 .PHONY: help train test test-slow test-high lint format golden clean
 

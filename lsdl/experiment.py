@@ -48,7 +48,7 @@ class Experiment:
     abstract_batch: Batch  # likewise, of training
     shardings: TrainState
     placements: list[rules.Placement]
-    init: Callable[[], TrainState]  # allocates, each device its own shards
+    init: Callable[[], TrainState]  # jitted; each device makes its own shards
     train_step: partition.Program  # (state, batch) -> (state, metrics)
     eval_step: partition.Program  # (state, batch) -> sums
     train_loader: Callable[[], Loader]
@@ -107,10 +107,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) ->
     placed = dict(mesh=mesh, rules=table, precision=config.precision)
     seed = config.seed
 
-    def init() -> TrainState:
-        make = jax.jit(lambda: nn.unbox(make_init(jax.random.key(seed))), out_shardings=shardings)
-        return make()
-
+    init = jax.jit(lambda: nn.unbox(make_init(jax.random.key(seed))), out_shardings=shardings)
     train_step = partition.partition(
         config.partitioner,
         steps.make_prepare(task),

@@ -25,7 +25,7 @@ def compiles():
 
 
 def nbytes(tree):
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("layout", ["mesh=data=2,fsdp=2,tensor=2", "partitioner=shard_map"])
@@ -83,14 +83,21 @@ def test_fsdp_holds_an_eighth_of_the_state_on_each_device(load, optimizer):
         assert own == pytest.approx(total / 8, rel=0.02)
 
 
+def test_no_device_ever_makes_the_whole_state_under_fsdp(load):
+    experiment = build(load(VIT, "mesh=fsdp=8"))
+    memory = experiment.init.lower().compile().memory_analysis()
+    total = nbytes((experiment.abstract_state.params, experiment.abstract_state.opt_state))
+    assert memory.output_size_in_bytes == pytest.approx(total / 8, rel=0.02)
+    assert memory.temp_size_in_bytes < total / 8
+
+
 def test_the_compiled_step_takes_an_eighth_of_the_state_under_fsdp(load):
     experiment = build(load(VIT, "mesh=fsdp=8"))
     state, batch = experiment.abstract_state, experiment.abstract_batch
     compiled = experiment.train_step.lower(state, batch).compile()
-    size = lambda leaf: leaf.size * leaf.dtype.itemsize  # noqa: E731
-    rest = sum(size(leaf) for leaf in jax.tree.leaves(batch)) / 8
-    rest += sum(size(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 0 and leaf.size == 1)
-    total = sum(size(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    rest = nbytes(batch) / 8
+    rest += nbytes([leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 0])
+    total = nbytes((state.params, state.opt_state))
     own = compiled.memory_analysis().argument_size_in_bytes - rest
     assert own == pytest.approx(total / 8, rel=0.02)
 
