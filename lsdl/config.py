@@ -223,6 +223,13 @@ def validate(config: ConfigDict) -> None:
     for field in ("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"):
         if actual[field] < 1:
             raise UserError(f"{field}={actual[field]} must be at least 1.")
+    for field in ("optim.b1", "optim.b2", "optim.momentum"):
+        if not 0 <= actual[field] < 1:
+            raise UserError(f"{field}={actual[field]} must be within [0, 1).")
+    if actual["optim.schedule.step_factor"] <= 0:
+        raise UserError(
+            f"optim.schedule.step_factor={actual['optim.schedule.step_factor']} must be positive."
+        )
     for field in ("checkpoint.keep_best", "optim.clip_norm"):
         if actual[field] < 0:
             raise UserError(f"{field}={actual[field]} must not be negative.")
@@ -272,7 +279,7 @@ def duration_steps(
         raise UserError(f"{stem}_tokens={value} needs a language task: give {stem}_examples.")
     steps = {
         "steps": value,
-        "epochs": round(value * steps_per_epoch),
+        "epochs": round(min(value * steps_per_epoch, 2.0**53)),
         "examples": math.ceil(value / batch_size),
         "percent": round(value / 100 * total_steps),
     }[unit]

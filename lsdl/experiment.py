@@ -3,6 +3,7 @@
 `train`, and later `plan` and `analyze`, see the same frozen `Experiment`.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) ->
             )
     units = dict(batch_size=batch_size, steps_per_epoch=steps_per_epoch)
     total_steps = duration_steps(config, "total", **units)
+    if total_steps >= 2**31:
+        raise UserError(f"The run would have {total_steps} steps: 2^31 is where their count ends.")
     units["total_steps"] = total_steps
 
     task = _task(config)
@@ -134,6 +137,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) ->
         name = config.data[f"{split}_split"]
         return sources.open_reader(config.data.source, name, expected=counts[split])
 
+    @functools.cache
     def reader(split: str):
         reader = open_split(split)
         if sources.nbytes(task.spec(1), counts[split]) <= config.data.in_memory_mib * 2**20:
@@ -248,6 +252,8 @@ def _check_ranges(model: ConfigDict) -> None:
     for name in ("width", "num_layers", "num_heads", "mlp_dim", "patch"):
         if name in model and model[name] < 1:
             raise UserError(f"model.{name}={model[name]} must be at least 1.")
+    if "stem" in model and model.stem < 0:
+        raise UserError(f"model.stem={model.stem} must not be negative.")
     if "hidden" in model and any(not isinstance(w, int) or w < 1 for w in model.hidden):
         raise UserError(f"model.hidden={model.hidden} must hold widths of at least 1.")
     if "activation" in model:
@@ -293,6 +299,12 @@ def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str
         notes.append(
             f"BatchNorm with accum={config.accum} normalises over microbatches of "
             f"{config.batch_size // config.accum}: a different experiment from accum=1."
+        )
+    stacked = "scan_layers" in config.model and config.model.scan_layers
+    if stacked and config.optim.name in ("lars", "lamb"):
+        notes.append(
+            f"With scan_layers the layers' parameters are stacked, and {config.optim.name} has one "
+            "trust ratio for each stack: a different experiment from scan_layers=false."
         )
     missed = [p for p in placements if p.missed and p.path.startswith("params/")]
     if missed:

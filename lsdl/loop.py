@@ -10,6 +10,7 @@ The order within a step is part of the contract; do not change it:
 6. stop, if asked to
 """
 
+import math
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from lsdl.checkpoint import Checkpoints
 from lsdl.data.loader import Loader
 from lsdl.experiment import SPLITS, Experiment
 from lsdl.metrics import JsonLines, TensorBoard, Writers, means, read_rows
-from lsdl.processes import is_main
+from lsdl.processes import is_main, same_on_all
 from lsdl.rundir import RunDir
 from lsdl.state import TrainState
 
@@ -79,28 +80,27 @@ class StopRequest:
         if self._alone:
             return self.signal is not None
         if multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
+            self.signal = self.signal or signal.SIGTERM
             return True
         return False
 
 
-def run(experiment: Experiment, folder: RunDir, *, quiet: bool = False) -> Outcome:
+def run(experiment: Experiment, folder: RunDir) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end; then evaluate."""
     started = time.perf_counter()
-    speak = is_main() and not quiet
     checkpoints = Checkpoints(
         folder.checkpoints, keep_latest=experiment.keep_latest, keep_best=experiment.keep_best
     )
     writers = None
     try:
         first = checkpoints.latest_step() or 0
-        done = _results(folder, experiment)
-        if first == experiment.total_steps and done:
+        done = _results(folder, experiment) if first == experiment.total_steps else {}
+        if same_on_all(bool(done)):
             return Outcome(first, results=done, best_step=_best_step(folder), trained=False)
         state = _initial(experiment, checkpoints, first)
         writers = _writers(folder, experiment, after_step=first)
         with StopRequest() as stop:
-            outcome = _train(experiment, state, first, writers, checkpoints, stop, speak=speak)
+            outcome = _train(experiment, state, first, writers, checkpoints, stop)
         if outcome.signal is None:
             _final(experiment, outcome.state, writers)
             outcome.results = _results(folder, experiment) if is_main() else {}
@@ -115,7 +115,7 @@ def run(experiment: Experiment, folder: RunDir, *, quiet: bool = False) -> Outco
 
 def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
     if step:
-        return checkpoints.restore(step, experiment.abstract_state)[0]
+        return checkpoints.restore(step, experiment.abstract_state)
     return experiment.init()
 
 
@@ -145,7 +145,14 @@ def evaluate(experiment: Experiment, state: TrainState, loader: Loader) -> dict[
     return means(total, weight) | {"examples": round(weight)}
 
 
-def _train(experiment, state, first, writers, checkpoints, stop, *, speak):
+def _train(
+    experiment: Experiment,
+    state: TrainState,
+    first: int,
+    writers: Writers,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+) -> Outcome:
     last = experiment.total_steps
     if first >= last:
         return Outcome(first, state=state)
@@ -155,7 +162,7 @@ def _train(experiment, state, first, writers, checkpoints, stop, *, speak):
     batches = experiment.train_loader().batches(first, last)
     valid_loader = experiment.eval_loader("valid")
     clock = _Clock()
-    bar = _bar(first, last, experiment.name, speak)
+    bar = _bar(first, last, experiment.name)
     due = lambda step, every: step % every == 0 or step == last  # noqa: E731
     pending = None  # (step, metrics) dispatched and not yet written
     step = first
@@ -189,8 +196,7 @@ def _train(experiment, state, first, writers, checkpoints, stop, *, speak):
         if stopping or due(step, experiment.checkpoint_every_steps):
             flush()
             with clock.pause(bar, state):
-                meta = {"step": step, "batch_size": experiment.batch_size}
-                checkpoints.save(step, state, meta=meta, metrics=valid)
+                checkpoints.save(step, state, metrics=valid)
         if stopping:
             break
     jax.block_until_ready(state)
@@ -221,7 +227,8 @@ def _results(folder: RunDir, experiment: Experiment) -> dict[str, dict]:
 
 
 def _best_step(folder: RunDir) -> int | None:
-    valid = [row for row in read_rows(folder.metrics) if row["split"] == "valid"]
+    rows = read_rows(folder.metrics)
+    valid = [r for r in rows if r["split"] == "valid" and math.isfinite(r["loss"])]
     return min(valid, key=lambda row: row["loss"])["step"] if valid else None
 
 
@@ -272,13 +279,13 @@ class _Pause:
             self._bar.last_print_t += pause
 
 
-def _bar(first: int, last: int, name: str, speak: bool) -> tqdm:
+def _bar(first: int, last: int, name: str) -> tqdm:
     return tqdm(
         total=last,
         initial=first,
         desc=name,
         unit="step",
-        disable=not speak,
+        disable=not is_main(),
         file=sys.stderr,
         mininterval=0.2 if sys.stderr.isatty() else 5.0,
         dynamic_ncols=True,

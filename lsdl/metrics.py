@@ -5,12 +5,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 
-def means(sums: dict, weight) -> dict:
-    """{name: sum / weight}: how every mean in lsdl is made, from sums over all devices."""
-    return {name: value / weight for name, value in sums.items()}
+def means(sums, weight):
+    """The tree of sum / weight: how every mean in lsdl is made, from sums over all devices."""
+    return jax.tree.map(lambda value: value / weight, sums)
 
 
 class JsonLines:

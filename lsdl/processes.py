@@ -13,14 +13,6 @@ from jax.experimental import multihost_utils
 
 from lsdl.errors import UserError
 
-# What the launchers set for every process: if any of these is there, jax finds the others itself.
-_CLUSTER = (
-    "SLURM_STEP_NODELIST",
-    "OMPI_COMM_WORLD_SIZE",
-    "TPU_WORKER_HOSTNAMES",
-    "MEGASCALE_SLICE_ID",
-)
-
 
 def initialise(
     mode: str = "off",
@@ -31,9 +23,9 @@ def initialise(
 ) -> None:
     """Join the other processes. Must come before anything else touches a device.
 
-    off: this process is alone. on: jax finds the launcher (Slurm, Open MPI, Cloud TPU, Kubernetes).
-    auto: on under a launcher with more than one process, off elsewhere. The three explicit
-    arguments, all or none of them, work everywhere.
+    off: this process is alone. on: jax finds the others through the launcher (Slurm, Open MPI,
+    Cloud TPU, Kubernetes). auto: the same, but alone where there is no launcher. The three
+    explicit arguments, all or none of them, work everywhere.
     """
     explicit = (coordinator, num_processes, process_id)
     if any(value is not None for value in explicit):
@@ -46,8 +38,15 @@ def initialise(
                 f"--process-id={process_id} must be within [0, --num-processes={num_processes})."
             )
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif mode == "on" or (mode == "auto" and any(name in os.environ for name in _CLUSTER)):
-        jax.distributed.initialize()
+    elif mode != "off":
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # jax found no launcher
+            if mode == "on":
+                raise UserError(
+                    "--distributed=on finds no launcher here: give --coordinator, --num-processes "
+                    "and --process-id, or leave it out."
+                ) from error
 
 
 def is_main() -> bool:
@@ -61,25 +60,41 @@ def devices() -> dict:
     return {"count": jax.device_count(), "kinds": kinds, "processes": jax.process_count()}
 
 
-def agree(work: Callable[[], Any]) -> Any:
-    """Run `work` on process 0 alone; if it raises a `UserError`, every process leaves with it.
+def speaks(coordinator: str | None, num_processes: int | None, process_id: int | None) -> bool:
+    """Whether this process tells the user of an error: one of those that met it does."""
+    if jax.distributed.is_initialized():
+        return True  # `together` lets one process alone raise it
+    return not (coordinator and 0 < (process_id or 0) < (num_processes or 0))
 
-    Returns what `work` returned on process 0, None elsewhere.
+
+def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
+    """Run `work` on every process, or on process 0 alone; if it fails on one, all of them leave.
+
+    The first process that failed raises what it met, and so speaks; the others exit with its code.
+    Returns what `work` returned here.
     """
     result, error = None, None
-    if is_main():
+    if is_main() or not main_alone:
         try:
             result = work()
-        except UserError as raised:
+        except Exception as raised:
             error = raised
     if jax.process_count() > 1:
-        code = np.int32(error.exit_code if error else 0)
-        code = int(multihost_utils.broadcast_one_to_all(code))
-        if code and not error:
-            raise SystemExit(code)
+        code = error.exit_code if isinstance(error, UserError) else 1 if error else 0
+        codes = multihost_utils.process_allgather(np.int32(code))
+        failed = np.flatnonzero(codes)
+        if len(failed) and failed[0] != jax.process_index():
+            raise SystemExit(int(codes[failed[0]]))
     if error:
         raise error
     return result
+
+
+def same_on_all(value: bool) -> bool:
+    """Process 0's `value`, so that all processes take the same branch."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def spawn_local(

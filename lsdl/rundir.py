@@ -47,20 +47,25 @@ class RunDir:
             self.release()
             raise
         self.write_config(source=source, overrides=overrides, fields=fields, changes=changes)
-        self.write_env(devices=devices)
+        if self.newest_step() < total_steps:  # a complete run leaves the record as it is
+            self.write_env(devices=devices)
         return changes
 
     def check(self, *, fields: dict, total_steps: int | None = None) -> dict:
         """What a run of `fields` changes here; `UserError` if it may not. Writes nothing."""
         stored = self.read_config()
         changes = compare(stored["config"], fields) if stored else {}
-        saved = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdigit()]
-        if total_steps is not None and max(saved, default=0) > total_steps:
+        if total_steps is not None and self.newest_step() > total_steps:
             raise UserError(
-                f"{self.path} has {max(saved)} steps already, more than the {total_steps} asked "
-                "for: raise total_*, or choose another --workdir."
+                f"{self.path} has {self.newest_step()} steps already, more than the {total_steps} "
+                "asked for: raise total_*, or choose another --workdir."
             )
         return changes
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint, 0 if there is none."""
+        steps = [int(path.name) for path in self.checkpoints.glob("*") if path.name.isdigit()]
+        return max(steps, default=0)
 
     def create(self) -> None:
         """Make the folder, or say in one sentence why it cannot be one."""
@@ -109,9 +114,14 @@ class RunDir:
         if not self.config.exists():
             return None
         try:
-            return json.loads(self.config.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.config} is not valid JSON ({error}): mend it.") from error
+            stored = json.loads(self.config.read_text())
+            stored["config"], stored["history"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.config} is not what lsdl writes ({error!r}): mend it, or choose another "
+                "--workdir."
+            ) from error
+        return stored
 
     def write_config(self, *, source: str, overrides: dict, fields: dict, changes: dict) -> None:
         """Store the resolved config; a resume that changes fields appends to its history."""
@@ -132,20 +142,21 @@ class RunDir:
         )
 
     def write_env(self, *, devices: dict) -> None:
-        """Record the versions, the machine, the devices and the commit that made the run."""
-        write_json(
-            self.env,
-            {
-                "time": _now(),
-                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "python": platform.python_version(),
-                "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-                "platform": platform.platform(),
-                "cpu_count": os.cpu_count(),
-                "devices": devices,
-                "commit": commit(),
-            },
-        )
+        """Record the versions, machine, devices and commit; a resume's go below `resumed`."""
+        env = {
+            "time": _now(),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "platform": platform.platform(),
+            "cpu_count": os.cpu_count(),
+            "devices": devices,
+            "commit": commit(),
+        }
+        if self.env.exists():
+            first = json.loads(self.env.read_text())
+            env = first | {"resumed": [*first["resumed"], env]}
+        write_json(self.env, env | {"resumed": env.get("resumed", [])})
 
 
 def commit() -> str | None:

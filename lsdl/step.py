@@ -75,7 +75,8 @@ def make_grads(apply: Callable, task, *, accum: int) -> Callable[[TrainState, Ba
         # that type too: params and rows are.
         zero = 0 * first["weight"][0]
         zeros = {
-            name: jax.tree.map(lambda s: zero.astype(s.dtype), shapes[name]) for name in SUMMED
+            name: jax.tree.map(lambda s: jnp.full(s.shape, zero, s.dtype), shapes[name])
+            for name in SUMMED
         }
         zeros["grads"] = jax.tree.map(jnp.zeros_like, state.params)
         return lax.scan(add, zeros | {"model_state": state.model_state}, microbatches)[0]
@@ -90,8 +91,7 @@ def make_update(
 
     def update(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         weight = sums["weight"]
-        loss = sums["loss"] / weight
-        gradient = jax.tree.map(lambda g: g / weight, sums["grads"])
+        loss, gradient = means((sums["loss"], sums["grads"]), weight)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         metrics = {

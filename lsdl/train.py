@@ -42,12 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(arguments, overrides)
     except UserError as error:
-        number, of = arguments.process_id or 0, arguments.num_processes or 0
-        if not (arguments.coordinator and 0 < number < of):  # those leave it to process 0
+        from lsdl.processes import speaks
+
+        if speaks(arguments.coordinator, arguments.num_processes, arguments.process_id):
             print(f"lsdl: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nInterrupted before the state was saved.", file=sys.stderr)
+        print("\nInterrupted. The same command goes on from the newest save.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -66,9 +67,9 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         num_processes=arguments.num_processes,
         process_id=arguments.process_id,
     )
-    experiment = build(config)
-    experiment.check_data()
-    folder = RunDir(arguments.workdir or f"runs/{config.name}")
+    experiment = processes.together(lambda: build(config))
+    processes.together(experiment.check_data)
+    folder = RunDir(arguments.workdir or f"runs/{experiment.name}")
     say = print if processes.is_main() else lambda *_: None
     if arguments.eval_only:
         folder.check(fields=configs.to_json(config))
@@ -77,14 +78,15 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise UserError(f"{folder.path} holds no checkpoint to evaluate: train first.")
         say(loop.table(outcome, experiment))
         return FINISHED
-    changes = processes.agree(
+    changes = processes.together(
         lambda: folder.claim(
             source=arguments.config,
             overrides=given,
             fields=configs.to_json(config),
             devices=processes.devices(),
             total_steps=experiment.total_steps,
-        )
+        ),
+        main_alone=True,
     )
     for field, (old, new) in (changes or {}).items():
         say(f"resuming with {field}: {old} -> {new}")

@@ -374,7 +374,7 @@ def test_workdir_with_a_broken_config_is_refused(train, tmp_path):
     (workdir / "config.json").write_text('{"config": ')
     code, out, err = train(SMOKE, f"--workdir={workdir}")
     assert (code, out) == (BAD_INPUT, "")
-    assert err.startswith(f"lsdl: {workdir / 'config.json'} is not valid JSON")
+    assert err.startswith(f"lsdl: {workdir / 'config.json'} is not what lsdl writes")
     assert len(err.splitlines()) == 1
     assert {name for name in contents(workdir) if not name.startswith(".")} == {"config.json"}
 

@@ -93,10 +93,18 @@ def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     assert saved[0] == len(losses(tmp_path / "run"))
 
 
-def test_bad_input_ends_every_process(tmp_path):
+def test_what_one_process_cannot_do_ends_them_all(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     codes, outputs = run(file / "run", 2)
     assert codes == [2, 2], outputs
     assert "choose another --workdir" in outputs[0][1]
     assert "choose another --workdir" not in outputs[1][1]
+
+
+def test_what_no_process_can_do_is_said_once(tmp_path):
+    pmap = ("--config.partitioner=pmap", "--config.mesh=data=8")
+    codes, outputs = run(tmp_path / "run", 2, *pmap)
+    assert codes == [2, 2], outputs
+    assert ["runs in one process alone" in error for _, error in outputs] == [True, False]
+    assert not (tmp_path / "run").exists()

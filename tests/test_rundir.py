@@ -389,6 +389,7 @@ def test_env_says_what_made_the_run(folder, monkeypatch):
         "cpu_count",
         "devices",
         "commit",
+        "resumed",
     }
     assert_now(env["time"], before)
     assert env["command"] == ["train.py", "--config", "x.py"]
@@ -439,3 +440,22 @@ def test_no_commit_without_the_git_program(repository, monkeypatch, tmp_path):
     repository("init", "-q")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert rundir.commit() is None
+
+
+def test_a_resume_adds_its_environment_and_keeps_the_first(folder):
+    claim(folder, seed=1)
+    first = json.loads(folder.env.read_text())
+    folder.release()
+    claim(folder, seed=1)
+    again = json.loads(folder.env.read_text())
+    assert {**again, "resumed": []} == first
+    assert len(again["resumed"]) == 1
+
+
+def test_a_complete_run_leaves_its_environment_alone(folder):
+    claim(folder, seed=1)
+    folder.release()
+    before = folder.env.read_bytes()
+    (folder.checkpoints / "9").mkdir(parents=True)
+    claim(folder, seed=1)
+    assert folder.env.read_bytes() == before

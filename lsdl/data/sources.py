@@ -194,7 +194,7 @@ def _no_split(source: str, split: str, splits: Mapping) -> UserError:
 def _missing(source: str) -> UserError:
     name = source.removeprefix("tfds:")
     return UserError(
-        f"{source} is not on disk. Prepare it once: pip install 'lsdl[tfds-prepare]', then "
+        f"{source} is not on disk. Prepare it once: pip install -e '.[tfds-prepare]', then "
         f"python -c \"import tensorflow_datasets as t; t.builder('{name}', data_dir="
         f"'{data_dir()}', file_format='array_record').download_and_prepare()\""
     )
@@ -202,8 +202,10 @@ def _missing(source: str) -> UserError:
 
 def _prepare(source: str) -> None:
     """Write the embedded set to disk unless it is there; processes that start together wait."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # a second's work needs no log
+    if _builder(source).is_prepared():
+        return
     with _locked(data_dir()):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # a second's work needs no log
         # A builder reads the folder when it is made, so it has to be made under the lock.
         builder = _builder(source)
         if not builder.is_prepared():

@@ -32,6 +32,8 @@ def check(name: str, mesh: Mesh) -> None:
     """Whether the partitioner `name` offers the layout of `mesh`."""
     if name not in NAMES:
         raise UserError(f"partitioner={name!r} is unknown; {nearest(name, NAMES)}")
+    if name == "pmap" and jax.process_count() > 1:
+        raise UserError("partitioner=pmap runs in one process alone: use shard_map or jit.")
     split = [axis for axis, size in mesh.shape.items() if size > 1 and axis != "data"]
     if name != "jit" and split:
         raise UserError(

@@ -79,7 +79,7 @@ def resolve(
             used |= set(wanted)
     large = {axis for axis in mesh.shape if mesh.shape[axis] > 1}
     missed = [why for wanted, why in refused if set(wanted) & large - used]
-    return P(*chosen), "; ".join(missed)
+    return P(*chosen), "; ".join(dict.fromkeys(missed))
 
 
 def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> tuple[Any, list[Placement]]:

@@ -1,0 +1,124 @@
+"""The loop: its order is a contract, and the host never waits for the step it has just sent."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lsdl import loop
+from lsdl.experiment import build
+from lsdl.metrics import read_rows
+
+
+class Recorded:
+    """A metric whose reading is written down."""
+
+    def __init__(self, step, log):
+        self.step, self.log = step, log
+
+    def __array__(self, dtype=None, copy=None):
+        self.log.append(f"read {self.step}")
+        return np.array(1.0, np.float32)
+
+
+class Program:
+    """A train step that only writes down that it was dispatched."""
+
+    def __init__(self, log):
+        self.log, self.step = log, 0
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        return self
+
+    def __call__(self, state, batch):
+        self.step += 1
+        self.log.append(f"dispatch {self.step}")
+        return state, {"loss": Recorded(self.step, self.log)}
+
+
+class Checkpoints:
+    def __init__(self, log):
+        self.log = log
+
+    def save(self, step, state, *, metrics):
+        self.log.append(f"save {step} {'after' if metrics else 'without'} eval")
+
+
+class Stop:
+    signal = None
+
+    def __init__(self, step):
+        self.step = step
+
+    def after(self, step):
+        self.signal = 15 if step == self.step else None
+        return step == self.step
+
+
+@pytest.fixture
+def record(load, monkeypatch):
+    """`record(total, eval_every, save_every, stop)` -> what the loop did, in order."""
+
+    def record(*, stop=None, **every):
+        log = []
+        fields = {f"{name}_steps": steps for name, steps in every.items()}
+        experiment = dataclasses.replace(
+            build(load("digits_mlp:smoke")), train_step=Program(log), log_every_steps=1, **fields
+        )
+        monkeypatch.setattr(loop.jax, "device_get", lambda tree: jax.tree.map(np.asarray, tree))
+        monkeypatch.setattr(loop, "evaluate", lambda *_: log.append("eval") or {"loss": 1.0})
+        state = np.zeros(())
+        loop._train(experiment, state, 0, loop.Writers([]), Checkpoints(log), Stop(stop))
+        return log
+
+    return record
+
+
+def test_a_step_is_read_after_the_next_one_is_sent(record):
+    log = record(total=3, eval_every=3, checkpoint_every=3)
+    assert log == [
+        *("dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2"),
+        *("read 3", "eval", "save 3 after eval"),
+    ]
+
+
+def test_evaluation_comes_before_the_save_of_its_step(record):
+    log = record(total=4, eval_every=2, checkpoint_every=1)
+    assert [entry for entry in log if "save" in entry or entry == "eval"] == [
+        *("save 1 without eval", "eval", "save 2 after eval"),
+        *("save 3 without eval", "eval", "save 4 after eval"),
+    ]
+
+
+def test_a_stop_saves_the_step_and_ends(record):
+    log = record(total=9, eval_every=9, checkpoint_every=9, stop=2)
+    assert log == ["dispatch 1", "dispatch 2", "read 1", "read 2", "save 2 without eval"]
+
+
+def test_eval_only_repeats_the_final_table_and_writes_nothing(train, tmp_path):
+    arguments = (f"--workdir={tmp_path / 'run'}", "--config.total_steps=4")
+    code, trained, _ = train("digits_mlp:smoke", *arguments)
+    assert code == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    code, evaluated, _ = train("digits_mlp:smoke", *arguments, "--eval-only")
+    assert code == 0
+    table = [
+        line for line in trained.splitlines() if line.startswith(("train ", "valid ", "test "))
+    ]
+    assert len(table) == 3
+    assert [line for line in evaluated.splitlines() if line in table] == table
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+def test_every_row_of_a_run_is_there_once(train, tmp_path):
+    assert train("digits_mlp:smoke", f"--workdir={tmp_path / 'run'}")[0] == 0
+    rows = [(r["split"], r["step"]) for r in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert len(rows) == len(set(rows))
+    assert sorted(rows) == sorted(
+        [("train", step) for step in range(1, 21)]
+        + [("valid", 10), ("valid", 20), ("train_eval", 20), ("test", 20)]
+    )
