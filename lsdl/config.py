@@ -69,7 +69,7 @@ def template() -> ConfigDict:
     config.optim.clip_norm = 0.0  # global norm of the gradient; 0 turns clipping off
     # (regex, value) in order, the first match wins, every parameter must match one
     config.optim.decay_mask = ((r".*/(bias|scale)", False), (r".*", True))
-    config.optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars
+    config.optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars, lamb
     config.optim.schedule = ConfigDict()
     config.optim.schedule.name = "warmup_cosine"  # constant | warmup_cosine | step | exponential
     config.optim.schedule.peak = 1e-3
@@ -219,7 +219,8 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"Exactly one of {name}_{{{','.join(UNITS)}}} is needed, not {given}.")
         least = 0 if name.endswith("warmup") else 1e-12
         if actual[spelled[0]] < least:
-            raise UserError(f"{spelled[0]}={actual[spelled[0]]} must be positive.")
+            rule = "be positive" if least else "not be negative"
+            raise UserError(f"{spelled[0]}={actual[spelled[0]]} must {rule}.")
     for field in ("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"):
         if actual[field] < 1:
             raise UserError(f"{field}={actual[field]} must be at least 1.")

@@ -226,7 +226,7 @@ class Reference:
 
     def lamb(self, path, p, g, rate, t):
         u = self.moments(path, g, t) + self.decay(path, p)
-        return -rate * self.ratio(p, u, 1.0) * u
+        return -rate * (self.ratio(p, u, 1.0) if self.trusted(path) else 1.0) * u
 
     def lars(self, path, p, g, rate, t):
         """The rate is inside the momentum (You et al. 2017, algorithm 1)."""
@@ -288,9 +288,10 @@ def test_decay_follows_the_mask(name, rules, decayed):
     agree(name, reference=reference, weight_decay=0.3, decay_mask=rules)
 
 
-def test_trust_ratio_follows_the_mask():
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_trust_ratio_follows_the_mask(name):
     agree(
-        "lars",
+        name,
         reference=dict(trusted=lambda path: path.startswith("head")),
         trust_mask=((r"head/.*", True), (r".*", False)),
     )

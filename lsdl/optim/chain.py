@@ -48,7 +48,13 @@ def make_optimizer(
     elif name == "adamw":
         parts.append(optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay))
     elif name == "lamb":
-        parts.append(optax.lamb(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decay))
+        # optax.lamb, which has no mask for the trust ratio
+        parts += [
+            optax.scale_by_adam(b1, b2, eps),
+            optax.add_decayed_weights(weight_decay, decay),
+            optax.masked(optax.scale_by_trust_ratio(), trust),
+            optax.scale_by_learning_rate(schedule),
+        ]
     else:
         lars = optax.lars(
             schedule,
