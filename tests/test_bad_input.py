@@ -193,18 +193,6 @@ CASES = {
     "coordinator alone": (["--coordinator=localhost:1"], ["--process-id", "all three"]),
     # checkpoints
     "nothing to evaluate": (["--eval-only"], ["holds no checkpoint"]),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_refusal_is_one_sentence(refused, case):
-    arguments, words = CASES[case]
-    sentence = refused(*arguments)
-    for word in words:
-        assert word in sentence
-
-
-BUGS = {
     "process 1 without coordinator": (["--process-id=1"], ["--coordinator"]),
     "process out of range": (
         ["--process-id=3", "--num-processes=2", "--coordinator=localhost:1"],
@@ -228,19 +216,27 @@ BUGS = {
         ["--config.optim.schedule.name=step", "--config.optim.schedule.boundaries_percent='half'"],
         ["boundaries_percent"],
     ),
-    # Accepted in silence: --eval-only stops them before they train.
+    # --eval-only: were they accepted, nothing would be trained.
     "infinite peak": (["--config.optim.schedule.peak=inf", "--eval-only"], ["peak=inf"]),
     "rate that is no number": (["--config.optim.weight_decay=nan", "--eval-only"], ["decay=nan"]),
     "negative clipping": (["--config.optim.clip_norm=-1", "--eval-only"], ["clip_norm=-1"]),
     "negative keep": (["--config.checkpoint.keep_best=-1", "--eval-only"], ["keep_best=-1"]),
     "dropout of more than all": (["--config.model.dropout=7", "--eval-only"], ["dropout=7"]),
+    "negative step factor": (
+        ["--config.optim.schedule.name=step", "--config.optim.schedule.step_factor=-1"],
+        ["step_factor=-1"],
+    ),
+    "moment beyond 1": (["--config.optim.b1=2.0", "--eval-only"], ["optim.b1=2.0", "[0, 1)"]),
+    "negative stem": (["--config.model.stem=-1", "--eval-only"], ["model.stem=-1"]),
+    "endless epochs": (["--config.total_epochs=1e300"], ["2^31"]),
+    "too many steps": (["--config.total_steps=4294967296"], ["2^31"]),
     "no name": (["--config.name=", "--eval-only"], ["name="]),
 }
 
 
-@pytest.mark.parametrize("case", BUGS)
-def test_refusal_is_one_sentence_here_too(refused, case):
-    arguments, words = BUGS[case]
+@pytest.mark.parametrize("case", CASES)
+def test_refusal_is_one_sentence(refused, case):
+    arguments, words = CASES[case]
     sentence = refused(*arguments)
     for word in words:
         assert word in sentence
@@ -368,10 +364,11 @@ def test_workdir_in_use_is_refused_with_a_code_of_its_own(refused, finished):
         owner.release()
 
 
-def test_workdir_with_a_broken_config_is_refused(train, tmp_path):
+@pytest.mark.parametrize("content", ['{"config": ', '{"a": 1}', "[]", '{"config": {}}'])
+def test_workdir_with_a_broken_config_is_refused(train, tmp_path, content):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    (workdir / "config.json").write_text('{"config": ')
+    (workdir / "config.json").write_text(content)
     code, out, err = train(SMOKE, f"--workdir={workdir}")
     assert (code, out) == (BAD_INPUT, "")
     assert err.startswith(f"lsdl: {workdir / 'config.json'} is not what lsdl writes")

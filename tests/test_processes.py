@@ -1,6 +1,8 @@
 """Real processes on loopback: the same curve as one, and one voice."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -109,3 +111,10 @@ def test_what_no_process_can_do_is_said_once(tmp_path):
     assert codes == [2, 2], outputs
     assert ["runs in one process alone" in error for _, error in outputs] == [True, False]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_is_not_there_is_missed(tmp_path):
+    command = [sys.executable, "-m", *RUN, f"--workdir={tmp_path / 'run'}", "--distributed=on"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lsdl: --distributed=on finds no launcher here")
