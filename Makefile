@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+PARITY := .venv-parity
 CONFIG ?= configs/digits_vit.py
 SHARD ?= 1/1
 # The newest Python there is, on the PATH or among pyenv's.
@@ -11,13 +12,14 @@ HIGH := $(shell for p in python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1
   python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python; do \
   "$$p" -c 'import sys' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help train test test-slow test-high lint format golden clean
+.PHONY: help train test test-slow test-high parity lint format golden clean
 
 help:
 	@echo "make train       install into $(VENV) and train $(CONFIG); again: go on, or say it is done"
 	@echo "make test        lint and the suite, without what is marked slow"
 	@echo "make test-slow   the slow tests; SHARD=k/n runs the k-th of n parts"
 	@echo "make test-high   make test once more, on the newest Python and jax found"
+	@echo "make parity      our models against Hugging Face's, in $(PARITY); GOLDEN=1 rewrites its golden files"
 	@echo "make format      let ruff format and mend"
 	@echo "make golden      rewrite the golden curves (say why in the commit)"
 	@echo "make clean       remove the environments and caches, never runs/"
@@ -46,6 +48,16 @@ test-high:
 	@if [ -z "$(HIGH)" ]; then echo "No Python newer than 3.11 was found: nothing to repeat."; \
 	else $(MAKE) --no-print-directory test VENV=.venv-high PYTHON=$(HIGH); fi
 
+$(PARITY)/installed: pyproject.toml constraints.txt constraints-parity.txt
+	@echo "Installing torch and transformers into $(PARITY), some minutes ..."
+	@test -x $(PARITY)/bin/python || $(PYTHON) -m venv $(PARITY)
+	@$(PARITY)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  -c constraints-parity.txt -e '.[dev,parity]'
+	@touch $@
+
+parity: $(PARITY)/installed
+	@$(PARITY)/bin/python -m pytest -q -s tests/parity/live.py $(if $(GOLDEN),--rewrite-golden)
+
 lint: $(VENV)/installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -56,4 +68,4 @@ golden: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -q tests/test_golden.py --rewrite-golden
 
 clean:
-	rm -rf .venv .venv-high .cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-high $(PARITY) .cache .pytest_cache .ruff_cache *.egg-info

@@ -3,7 +3,7 @@
 Command: python -m lsdl.train --config configs/digits_vit.py
 Hardware and time: 2 CPU cores, 58 to 68 s
 Expected: test accuracy 0.96 or better
-Measured: 0.9815 in each of 3 seeds (0, 1, 2), jax 0.10.2, commit 6e70bbc
+Measured: mean 0.9827 of 3 seeds (0.9778 to 0.9889), jax 0.10.2
 """
 
 from lsdl.config import parse_arg, template
@@ -24,6 +24,9 @@ def get_config(arg=None):
     config.model.num_layers = 2 if smoke else 4
     config.model.num_heads = 8
     config.model.mlp_dim = 192
+    config.model.pool = "mean"
+    config.model.activation = "gelu_tanh"
+    config.model.norm_eps = 1e-6
     config.model.stem = 1
     config.model.dropout = 0.0
     config.model.scan_layers = False

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from lsdl.errors import UserError
 from lsdl.state import TrainState
 
 _policies = ocp.checkpoint_managers
@@ -57,6 +58,60 @@ class Checkpoints:
         """Wait for what is being written, then let go."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_weights(folder: Path, weights: dict[str, Any]) -> None:
+    """Write {"params": tree, "model_state": tree} where a run has its checkpoints, as step 0."""
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(weights)), force=True)
+
+
+def load_weights(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The {"params", "model_state"} of the newest checkpoint, shaped and sharded as `abstract`.
+
+    What else the checkpoint holds is not read. Raises `UserError` for a folder without one, and
+    for leaves that are missing from it or have another shape.
+    """
+    with _opened(folder) as manager:
+        step = _fitting_step(manager, folder, abstract)
+        args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        restore = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+
+
+def check_weights(folder: Path, abstract: dict[str, Any]) -> None:
+    """Raise the `UserError` that `load_weights` would; reads no array."""
+    with _opened(folder) as manager:
+        _fitting_step(manager, folder, abstract)
+
+
+def _opened(folder: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()})
+
+
+def _fitting_step(manager: ocp.CheckpointManager, folder: Path, abstract: dict[str, Any]) -> int:
+    step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{folder} holds no checkpoint to start from.")
+    stored = _shapes(manager.item_metadata(step)["state"].tree)
+    wanted = _shapes(abstract)
+    wrong = [name for name, shape in wanted.items() if stored.get(name) != shape]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{len(wrong)} of {len(wanted)} arrays are not in {folder}/{step} as the model has "
+            f"them, the first: {name} {wanted[name]}, there {stored.get(name, 'missing')}."
+        )
+    return step
+
+
+def _shapes(tree) -> dict[str, tuple]:
+    is_leaf = lambda x: hasattr(x, "shape")  # noqa: E731  (orbax's metadata is a tree of its own)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
+        for keys, leaf in leaves
+    }
 
 
 def _score(metrics: dict) -> float:

@@ -5,11 +5,13 @@ locked. What the template holds is the whole schema: there is no default below t
 """
 
 import ast
+import functools
 import json
 import math
 import os
 import re
 import runpy
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import placeholder
@@ -18,6 +20,10 @@ from lsdl.errors import UserError, nearest
 
 UNITS = {"steps": int, "epochs": float, "examples": int, "tokens": int, "percent": float}
 DURATIONS = ("total", "optim.schedule.warmup", "eval.every", "checkpoint.every", "log.every")
+NOT_NEGATIVE = (
+    *("loss.mixup", "loss.distill_temperature", "loss.z_loss", "loss.chunk"),
+    *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
+)
 
 # What a resumed run may change: nothing here enters the mathematics of a step.
 RESUMABLE = re.compile(
@@ -44,47 +50,79 @@ def template() -> ConfigDict:
 
     config.model = ConfigDict({"name": ""})  # the other fields are the model's own
 
-    config.data = ConfigDict()
-    config.data.source = ""  # digits | tfds:NAME
-    config.data.train_split = "train"
-    config.data.valid_split = "valid"
-    config.data.test_split = "test"
-    config.data.train_examples = placeholder(int)  # only for a set without a card in lsdl
-    config.data.valid_examples = placeholder(int)
-    config.data.test_examples = placeholder(int)
-    config.data.sampling = "epoch"  # epoch: a permutation each epoch | replace: independent draws
-    config.data.transforms = ()  # of training examples, in this order: "shift:1", "flip", ...
-    config.data.in_memory_mib = 256  # a split up to this size is decoded once and kept
-    config.data.prefetch = 2  # batches made and sent to the devices ahead of the step
+    config.data = _data()
 
-    config.optim = ConfigDict()
-    config.optim.name = "adamw"  # sgd | adam | adamw | lars | lamb
-    config.optim.momentum = 0.9  # sgd, lars
-    config.optim.nesterov = False  # sgd, lars
-    config.optim.b1 = 0.9  # adam, adamw, lamb
-    config.optim.b2 = 0.999
-    config.optim.eps = 1e-8
-    config.optim.trust_coefficient = 0.001  # lars
-    config.optim.weight_decay = 0.0
-    config.optim.clip_norm = 0.0  # global norm of the gradient; 0 turns clipping off
-    # (regex, value) in order, the first match wins, every parameter must match one
-    config.optim.decay_mask = ((r".*/(bias|scale)", False), (r".*", True))
-    config.optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars, lamb
-    config.optim.schedule = ConfigDict()
-    config.optim.schedule.name = "warmup_cosine"  # constant | warmup_cosine | step | exponential
-    config.optim.schedule.peak = 1e-3
-    config.optim.schedule.end_factor = 0.0  # last rate / peak (warmup_cosine, exponential)
-    config.optim.schedule.boundaries_percent = (50.0, 75.0)  # of the run (step)
-    config.optim.schedule.step_factor = 0.1  # at each boundary (step)
-    _durations(config.optim.schedule, "warmup")
+    config.loss = ConfigDict()
+    config.loss.label_smoothing = 0.0  # classification
+    config.loss.mixup = 0.0  # classification: alpha of Beta(alpha, alpha); 0 turns it off
+    config.loss.distill_weight = 0.0  # classification: of the teacher's part
+    config.loss.distill_temperature = 0.0  # 0: the teacher's most probable class
+    config.loss.z_loss = 0.0  # language
+    config.loss.form = "softmax"  # contrastive: softmax | sigmoid
+    config.loss.chunk = 0  # positions, or rows, with logits in memory at one time; 0: all
+    config.init_from = ""  # a run folder or converted weights to start from
+    config.teacher = ""  # a run folder whose model is distilled
 
+    config.optim = _optim()
     for group in ("eval", "checkpoint", "log"):
         config[group] = ConfigDict()
         _durations(config[group], "every")
+    config.eval.probes = ()  # "knn", "linear": on frozen features, after training
+    config.eval.probe_shots = 0  # training examples of each class that they see; 0: all
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_best = 1  # by the lowest valid loss
     config.log.tensorboard = True
     return config
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.source = ""  # digits | wine | stdlib_text | modular:97:add | ... | tfds:NAME
+    data.mixture = ()  # (source, weight) of the training examples; (): data.source alone
+    data.train_split = "train"  # or slices of splits, in TFDS's words: "train[:90%]"
+    data.valid_split = "valid"
+    data.test_split = "test"
+    data.train_examples = placeholder(int)  # for a set without a card, and for text
+    data.valid_examples = placeholder(int)
+    data.test_examples = placeholder(int)
+    data.sampling = "epoch"  # epoch: a permutation each epoch | replace: independent draws
+    data.transforms = ()  # of training examples, in this order: "shift:1", "flip", ...
+    data.eval_transforms = ()  # of every other example, as "center_crop:224"
+    data.label_noise = 0.0  # share of the training labels that are drawn at random
+    data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model; "": given later
+    data.seq_len = 0  # tokens of a window of text, or of a caption; 0 without text
+    data.segments = False  # windows say which of their documents a token belongs to
+    data.in_memory_mib = 256  # a split up to this size is decoded once and kept
+    data.prefetch = 2  # batches made and sent to the devices ahead of the step
+    return data
+
+
+def _optim() -> ConfigDict:
+    optim = ConfigDict()
+    optim.name = "adamw"  # sgd | adam | adamw | lars | lamb
+    optim.momentum = 0.9  # sgd, lars
+    optim.nesterov = False  # sgd, lars
+    optim.b1 = 0.9  # adam, adamw, lamb
+    optim.b2 = 0.999
+    optim.eps = 1e-8
+    optim.trust_coefficient = 0.001  # lars
+    optim.weight_decay = 0.0
+    optim.clip_norm = 0.0  # global norm of the gradient; 0 turns clipping off
+    # (regex, value) in order, the first match wins, every parameter must match one
+    optim.decay_mask = ((r".*/(bias|scale)", False), (r".*", True))
+    optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars, lamb
+    optim.schedule = ConfigDict()
+    # constant | warmup_cosine | step | exponential | polynomial
+    optim.schedule.name = "warmup_cosine"
+    optim.schedule.peak = 1e-3
+    optim.schedule.start_factor = 0.0  # first rate of the warm-up / peak
+    # last rate / peak (warmup_cosine, exponential, polynomial)
+    optim.schedule.end_factor = 0.0
+    optim.schedule.power = 2.0  # polynomial
+    optim.schedule.boundaries_percent = (50.0, 75.0)  # of the run (step)
+    optim.schedule.step_factor = 0.1  # at each boundary (step)
+    _durations(optim.schedule, "warmup")
+    return optim
 
 
 def _durations(group: ConfigDict, name: str) -> None:
@@ -103,6 +141,14 @@ def parse_arg(arg: str | None, *choices: str) -> set[str]:
             else f"The config has no variants, so {word!r} behind the colon must go."
         )
     return words
+
+
+def one_of(words: set[str], choices: Iterable[str], default: str) -> str:
+    """The one of `words` that is among `choices`, or the default."""
+    found = sorted(words & set(choices)) or [default]
+    if len(found) > 1:
+        raise UserError(f"The variants {' and '.join(found)} exclude one another: give one.")
+    return found[0]
 
 
 def load(path: str, overrides: list[str] = ()) -> tuple[FrozenConfigDict, dict]:
@@ -227,11 +273,14 @@ def validate(config: ConfigDict) -> None:
     for field in ("optim.b1", "optim.b2", "optim.momentum"):
         if not 0 <= actual[field] < 1:
             raise UserError(f"{field}={actual[field]} must be within [0, 1).")
+    for field in ("loss.label_smoothing", "loss.distill_weight"):
+        if not 0 <= actual[field] <= 1:
+            raise UserError(f"{field}={actual[field]} must be within [0, 1].")
     if actual["optim.schedule.step_factor"] <= 0:
         raise UserError(
             f"optim.schedule.step_factor={actual['optim.schedule.step_factor']} must be positive."
         )
-    for field in ("checkpoint.keep_best", "optim.clip_norm"):
+    for field in NOT_NEGATIVE:
         if actual[field] < 0:
             raise UserError(f"{field}={actual[field]} must not be negative.")
     if not 0 <= actual["seed"] < 2**32:
@@ -245,9 +294,10 @@ def validate(config: ConfigDict) -> None:
 
 def _check_tuples(actual: dict) -> None:
     """A tuple's elements have no type of their own in a ConfigDict."""
-    words, percents = actual["data.transforms"], actual["optim.schedule.boundaries_percent"]
-    if not all(isinstance(word, str) for word in words):
-        raise UserError(f"data.transforms={words} must hold words such as 'shift:1'.")
+    for field in ("data.transforms", "data.eval_transforms", "eval.probes"):
+        if not all(isinstance(word, str) for word in actual[field]):
+            raise UserError(f"{field}={actual[field]} must hold words such as 'shift:1'.")
+    percents = actual["optim.schedule.boundaries_percent"]
     if not all(isinstance(p, int | float) and math.isfinite(p) for p in percents):
         raise UserError(f"optim.schedule.boundaries_percent={percents} must hold numbers.")
     for field in ("optim.decay_mask", "optim.trust_mask"):
@@ -267,7 +317,13 @@ def _divisors(n: int) -> str:
 
 
 def duration_steps(
-    group: ConfigDict, stem: str, *, batch_size: int, steps_per_epoch: int, total_steps: int = 0
+    group: ConfigDict,
+    stem: str,
+    *,
+    batch_size: int,
+    steps_per_epoch: int,
+    tokens_per_example: int,
+    total_steps: int = 0,
 ) -> int:
     """The one duration `stem`_{steps,epochs,examples,tokens,percent} of `group`, in steps.
 
@@ -276,12 +332,13 @@ def duration_steps(
     """
     unit = next(u for u in UNITS if group.get(f"{stem}_{u}") is not None)
     value = group[f"{stem}_{unit}"]
-    if unit == "tokens":
+    if unit == "tokens" and not tokens_per_example:
         raise UserError(f"{stem}_tokens={value} needs a language task: give {stem}_examples.")
     steps = {
         "steps": value,
         "epochs": round(min(value * steps_per_epoch, 2.0**53)),
         "examples": math.ceil(value / batch_size),
+        "tokens": math.ceil(value / (batch_size * max(tokens_per_example, 1))),
         "percent": round(value / 100 * total_steps),
     }[unit]
     return max(steps, 1) if value else 0
@@ -302,6 +359,20 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
 def to_json(config: ConfigDict) -> dict:
     """The config as JSON values, in the form that a run folder stores and compares."""
     return json.loads(json.dumps(flatten(config)))
+
+
+def from_json(fields: dict) -> FrozenConfigDict:
+    """The config that a run folder stores: `to_json` undone."""
+    config = template()
+    for field, value in fields.items():
+        *groups, name = field.split(".")
+        group = functools.reduce(ConfigDict.__getitem__, groups, config)
+        group[name] = _tuples(value)
+    return FrozenConfigDict(config)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def compare(stored: dict, current: dict) -> dict[str, tuple]:

@@ -1,5 +1,7 @@
 """What goes wrong, and the exit code of each: one list for all entries."""
 
+import sys
+
 FINISHED = 0
 BAD_INPUT = 2
 LOCKED = 73
@@ -20,6 +22,12 @@ class LockedError(UserError):
     """Another trainer owns the workdir."""
 
     exit_code = LOCKED
+
+
+def refuse(error: UserError) -> int:
+    """Tell the user, on one line of stderr; returns the exit code to leave with."""
+    print(f"lsdl: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    return error.exit_code
 
 
 def nearest(word: str, choices) -> str:

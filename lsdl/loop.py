@@ -13,23 +13,24 @@ The order within a step is part of the contract; do not change it:
 import math
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from lsdl.checkpoint import Checkpoints
-from lsdl.data.loader import Loader
-from lsdl.experiment import SPLITS, Experiment
-from lsdl.metrics import JsonLines, TensorBoard, Writers, means, read_rows
+from lsdl.checkpoint import Checkpoints, load_weights
+from lsdl.data.dataset import SPLITS
+from lsdl.experiment import Experiment
+from lsdl.metrics import JsonLines, TensorBoard, Writers, fetched, means, read_rows
 from lsdl.processes import is_main, same_on_all
+from lsdl.progress import Progress
 from lsdl.rundir import RunDir
 from lsdl.state import TrainState
+from lsdl.step import TEACHER, as_weights, variables_of
 
 
 @dataclass
@@ -102,7 +103,9 @@ def run(experiment: Experiment, folder: RunDir) -> Outcome:
         with StopRequest() as stop:
             outcome = _train(experiment, state, first, writers, checkpoints, stop)
         if outcome.signal is None:
-            _final(experiment, outcome.state, writers)
+            # The last step has evaluated valid already, unless a run before this one took it.
+            splits = [split for split in FINAL if split != "valid" or first == outcome.step]
+            _final(experiment, outcome.state, writers, splits)
             outcome.results = _results(folder, experiment) if is_main() else {}
             outcome.best_step = _best_step(folder)
         outcome.wall_s = time.perf_counter() - started
@@ -116,7 +119,18 @@ def run(experiment: Experiment, folder: RunDir) -> Outcome:
 def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
     if step:
         return checkpoints.restore(step, experiment.abstract_state)
-    return experiment.init()
+    state = experiment.init()
+    abstract = experiment.abstract_state
+    if experiment.teacher:
+        variables = load_weights(experiment.teacher, as_weights(abstract.model_state[TEACHER]))
+        taught = {"params": variables["params"], **variables["model_state"]}
+        state = state.replace(model_state={**state.model_state, TEACHER: taught})
+    if experiment.init_from:
+        wanted = as_weights(variables_of(abstract))
+        weights = load_weights(experiment.init_from, wanted)
+        model_state = {**state.model_state, **weights["model_state"]}
+        state = state.replace(params=weights["params"], model_state=model_state)
+    return state
 
 
 def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
@@ -127,22 +141,30 @@ def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
         if step is None:
             return None
         state = _initial(experiment, checkpoints, step)
-        results = {
-            split: evaluate(experiment, state, experiment.eval_loader(split)) for split in SPLITS
-        }
+        results = {split: evaluate(experiment, state, split, final=True) for split in SPLITS}
         return Outcome(step, results=results, trained=False)
     finally:
         checkpoints.close()
 
 
-def evaluate(experiment: Experiment, state: TrainState, loader: Loader) -> dict[str, float]:
-    """Means over all of the loader's examples, each counted once; and how many they were."""
-    sums = [experiment.eval_step(state, b) for b in loader.batches(0, loader.num_batches)]
-    total = jax.tree.map(
-        lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums)
-    )
+def evaluate(
+    experiment: Experiment, state: TrainState, split: str, *, final: bool = False
+) -> dict[str, float]:
+    """Means over all of the split's examples, each counted once; and how many they were.
+
+    What the evaluators measure comes with it; some only do in the `final` evaluation.
+    """
+    loader = experiment.eval_loader(split)
+    batches = loader.batches(0, loader.num_batches)
+    sums = fetched(experiment.eval_step(state, batch) for batch in batches)
+    total = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *sums)
     weight = total.pop("weight")
-    return means(total, weight) | {"examples": round(weight)}
+    values = means(total, weight)
+    values |= experiment.task.derive(values)
+    for evaluator in experiment.evaluators:
+        if final or evaluator.every_time:
+            values |= evaluator(state, experiment.eval_loader, split)
+    return values | {experiment.task.unit: round(weight)}
 
 
 def _train(
@@ -153,16 +175,14 @@ def _train(
     checkpoints: Checkpoints,
     stop: StopRequest,
 ) -> Outcome:
-    last = experiment.total_steps
+    last, task = experiment.total_steps, experiment.task
     if first >= last:
         return Outcome(first, state=state)
     compiled = experiment.train_step.lower(
         experiment.abstract_state, experiment.abstract_batch
     ).compile()
     batches = experiment.train_loader().batches(first, last)
-    valid_loader = experiment.eval_loader("valid")
-    clock = _Clock()
-    bar = _bar(first, last, experiment.name)
+    progress = Progress(first, last, experiment.name, silent=not is_main())
     due = lambda step, every: step % every == 0 or step == last  # noqa: E731
     pending = None  # (step, metrics) dispatched and not yet written
     step = first
@@ -173,10 +193,16 @@ def _train(
             number, metrics = pending
             values = jax.device_get(metrics)
             examples_seen = number * experiment.batch_size
-            rate = clock.lap(number - first)
-            row = values | {"examples_seen": examples_seen, "step_time_s": rate}
-            writers.write(number, "train", row | {"examples_per_s": experiment.batch_size / rate})
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            rate = progress.lap(number)
+            row = values | task.derive(values)
+            row |= {"examples_seen": examples_seen, "step_time_s": rate}
+            row["examples_per_s"] = experiment.batch_size / rate
+            if task.unit != "examples":
+                units = task.units_per_example
+                row[f"{task.unit}_seen"] = examples_seen * units
+                row[f"{task.unit}_per_s"] = row["examples_per_s"] * units
+            writers.write(number, "train", row)
+            progress.show(loss=f"{values['loss']:.4f}")
             pending = None
 
     for step in range(first + 1, last + 1):
@@ -185,23 +211,23 @@ def _train(
         flush()
         if due(step, experiment.log_every_steps):
             pending = (step, metrics)
-        bar.update()
+        progress.advance()
         stopping = stop.after(step) and step < last
         valid = None
         if due(step, experiment.eval_every_steps):
             flush()
-            with clock.pause(bar, state):
-                valid = evaluate(experiment, state, valid_loader)
+            with progress.pause(state):
+                valid = evaluate(experiment, state, "valid", final=step == last)
             writers.write(step, "valid", valid)
         if stopping or due(step, experiment.checkpoint_every_steps):
             flush()
-            with clock.pause(bar, state):
+            with progress.pause(state):
                 checkpoints.save(step, state, metrics=valid)
         if stopping:
             break
     jax.block_until_ready(state)
-    rate = (step - first) * experiment.batch_size / clock.running()
-    bar.close()
+    rate = (step - first) * experiment.batch_size / progress.running_s()
+    progress.close()
     stopped = stop.signal if step < last else None
     return Outcome(step, signal=stopped, state=state, examples_per_s=rate)
 
@@ -210,11 +236,13 @@ def _train(
 FINAL = {"train": "train_eval", "valid": "valid", "test": "test"}
 
 
-def _final(experiment: Experiment, state: TrainState, writers: Writers) -> None:
+def _final(
+    experiment: Experiment, state: TrainState, writers: Writers, splits: Sequence[str]
+) -> None:
     """The one time that training reads the test split."""
-    for split, name in FINAL.items():
-        values = evaluate(experiment, state, experiment.eval_loader(split))
-        writers.write(experiment.total_steps, name, values)
+    for split in splits:
+        values = evaluate(experiment, state, split, final=True)
+        writers.write(experiment.total_steps, FINAL[split], values)
 
 
 def _results(folder: RunDir, experiment: Experiment) -> dict[str, dict]:
@@ -241,63 +269,12 @@ def _writers(folder: RunDir, experiment: Experiment, *, after_step: int) -> Writ
     return Writers(writers)
 
 
-class _Clock:
-    """Time spent training: evaluation and saving are left out, here and in the bar's ETA."""
-
-    def __init__(self):
-        self._start = self._lap_start = time.perf_counter()
-        self._lap_step = 0
-
-    def lap(self, step: int) -> float:
-        """Seconds per step since the last call."""
-        now = time.perf_counter()
-        seconds = (now - self._lap_start) / max(step - self._lap_step, 1)
-        self._lap_start, self._lap_step = now, step
-        return max(seconds, 1e-9)
-
-    def running(self) -> float:
-        return max(time.perf_counter() - self._start, 1e-9)
-
-    def pause(self, bar, state) -> "_Pause":
-        return _Pause(self, bar, state)
-
-
-class _Pause:
-    def __init__(self, clock: _Clock, bar, state):
-        self._clock, self._bar, self._state = clock, bar, state
-
-    def __enter__(self):
-        jax.block_until_ready(self._state)  # what is still running counts as training
-        self._began = time.perf_counter()
-
-    def __exit__(self, *exc):
-        pause = time.perf_counter() - self._began
-        self._clock._start += pause
-        self._clock._lap_start += pause
-        if not self._bar.disable:
-            self._bar.start_t += pause
-            self._bar.last_print_t += pause
-
-
-def _bar(first: int, last: int, name: str) -> tqdm:
-    return tqdm(
-        total=last,
-        initial=first,
-        desc=name,
-        unit="step",
-        disable=not is_main(),
-        file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 5.0,
-        dynamic_ncols=True,
-    )
-
-
 def heading(experiment: Experiment) -> str:
     """What is about to run, in a line, and what the user should know about it."""
     axes = ",".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items() if size > 1)
     device = experiment.mesh.devices.flat[0].device_kind
     line = (
-        f"{experiment.name}: {_num_parameters(experiment):,} parameters, "
+        f"{experiment.name}: {experiment.num_parameters:,} parameters, "
         f"{experiment.total_steps:,} steps of {experiment.batch_size:,} examples on "
         f"{experiment.mesh.size} {device} ({axes or 'one device'})"
     )
@@ -306,21 +283,22 @@ def heading(experiment: Experiment) -> str:
 
 def table(outcome: Outcome, experiment: Experiment) -> str:
     """The few lines that a run ends with."""
-    lines = [f"{'split':8}{'examples':>10}{'loss':>10}{'accuracy':>10}"]
+    columns = ["loss", *experiment.task.shown]
+    probes = [name for name in outcome.results["test"] if name not in columns]
+    columns += [name for name in probes if name.endswith("_accuracy")]
+    unit = experiment.task.unit
+    width = [max(10, len(name) + 2) for name in columns]
+    named = "".join(f"{name:>{w}}" for name, w in zip(columns, width, strict=True))
+    lines = [f"{'split':8}{unit:>10}{named}"]
     for split, metrics in outcome.results.items():
-        lines.append(
-            f"{split:8}{metrics['examples']:>10,}{metrics['loss']:>10.4f}{metrics['accuracy']:>10.4f}"
-        )
+        cells = [f"{metrics[n]:>{w}.4f}" for n, w in zip(columns, width, strict=True)]
+        lines.append(f"{split:8}{metrics[unit]:>10,}{''.join(cells)}")
     train, test = outcome.results["train"], outcome.results["test"]
-    gap = {name: test[name] - train[name] for name in ("loss", "accuracy")}
-    lines.append(f"{'gap':8}{'':>10}{gap['loss']:>+10.4f}{gap['accuracy']:>+10.4f}  test - train")
+    gaps = [f"{test[n] - train[n]:>+{w}.4f}" for n, w in zip(columns, width, strict=True)]
+    lines.append(f"{'gap':8}{'':>10}{''.join(gaps)}  test - train")
     facts = [f"{outcome.step:,} steps"]
     if outcome.examples_per_s:
         facts += [f"{outcome.examples_per_s:,.0f} examples/s", f"{outcome.wall_s:.1f} s in all"]
     if outcome.best_step is not None:
         facts.append(f"lowest valid loss at step {outcome.best_step:,}")
     return "\n".join([*lines, ", ".join(facts)])
-
-
-def _num_parameters(experiment: Experiment) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(experiment.abstract_state.params))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,6 +12,21 @@ import numpy as np
 def means(sums, weight):
     """The tree of sum / weight: how every mean in lsdl is made, from sums over all devices."""
     return jax.tree.map(lambda value: value / weight, sums)
+
+
+def fetched(results: Iterable) -> Iterator:
+    """Each of `results` on the host, fetched when the next one has been sent to the devices.
+
+    So the devices never wait for the host, and never have more than two results in flight: many
+    at a time fill memory, and starve the collectives of a CPU with virtual devices.
+    """
+    pending = None
+    for result in results:
+        if pending is not None:
+            yield jax.device_get(pending)
+        pending = result
+    if pending is not None:
+        yield jax.device_get(pending)
 
 
 class JsonLines:

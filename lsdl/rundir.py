@@ -55,6 +55,11 @@ class RunDir:
         """What a run of `fields` changes here; `UserError` if it may not. Writes nothing."""
         stored = self.read_config()
         changes = compare(stored["config"], fields) if stored else {}
+        if (self.checkpoints / "0").exists():  # a run's first is of step 1 or later
+            raise UserError(
+                f"{self.path} holds converted weights and no run: start one from them with "
+                f"--config.init_from={self.path} and another --workdir."
+            )
         if total_steps is not None and self.newest_step() > total_steps:
             raise UserError(
                 f"{self.path} has {self.newest_step()} steps already, more than the {total_steps} "
@@ -147,7 +152,7 @@ class RunDir:
             "time": _now(),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": versions(),
             "platform": platform.platform(),
             "cpu_count": os.cpu_count(),
             "devices": devices,
@@ -157,6 +162,11 @@ class RunDir:
             first = json.loads(self.env.read_text())
             env = first | {"resumed": [*first["resumed"], env]}
         write_json(self.env, env | {"resumed": env.get("resumed", [])})
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of what the numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def commit() -> str | None:

@@ -19,6 +19,7 @@ from lsdl.models.layers import example_rows
 from lsdl.state import Batch, TrainState, stream
 
 SUMMED = ("grads", "loss", "weight", "metrics")
+TEACHER = "teacher"  # of distillation: its place in `model_state`, and its outputs in `extra`
 Sums = dict[str, Any]  # the SUMMED trees, over the rows of a batch, and the new `model_state`
 Metrics = dict[str, jax.Array]
 
@@ -27,29 +28,41 @@ def make_prepare(task) -> Callable[[Batch, TrainState], Batch]:
     """The task's device transforms, and each example's row in the global batch."""
 
     def prepare(batch: Batch, state: TrainState) -> Batch:
-        rows_B = jnp.arange(len(batch["weight"]))
-        return task.prepare(batch, stream(state.key, "prepare", state.step)) | {"row": rows_B}
+        return task.prepare(batch, stream(state.key, "prepare", state.step)) | _rows(batch)
 
     return prepare
 
 
-def make_grads(apply: Callable, task, *, accum: int) -> Callable[[TrainState, Batch], Sums]:
+def _rows(batch: Batch) -> Batch:
+    return {"row": jnp.arange(len(batch["weight"]))}
+
+
+def make_grads(
+    apply: Callable, task, *, accum: int, teacher: Callable | None = None
+) -> Callable[[TrainState, Batch], Sums]:
     """`grads(state, batch) -> Sums` over all rows of `batch`, in `accum` microbatches.
 
-    `apply(variables, *inputs, train=, rngs=, mutable=)` is a Linen module's. Microbatches are
-    strided (row r goes to microbatch r mod accum), so that each one is spread over all devices.
+    `apply(variables, *inputs, train=, rngs=, mutable=)` is a Linen module's; so is `teacher`, whose
+    outputs the loss gets as `extra` and whose variables are the state's `model_state[TEACHER]`.
+    Microbatches are strided (row r goes to microbatch r mod accum), so that each one is spread
+    over all devices.
     """
 
     def loss(params, model_state, batch: Batch, key):
+        model_state = dict(model_state)
+        taught = {name: model_state.pop(name) for name in [TEACHER] if teacher}
+        inputs = task.inputs(batch)
         with example_rows(batch["row"]):
             outputs, model_state = apply(
                 {"params": params, **model_state},
-                *task.inputs(batch),
+                *inputs,
                 train=True,
                 rngs={"dropout": key},
                 mutable=list(model_state),
             )
-        loss_sum, weight, metric_sums = task.loss(outputs, batch)
+        extra = {TEACHER: teacher(taught[TEACHER], *inputs, train=False)} if teacher else None
+        loss_sum, weight, metric_sums = task.loss(outputs, batch, extra=extra)
+        model_state = {**model_state, **taught}
         return loss_sum, {"weight": weight, "metrics": metric_sums, "model_state": model_state}
 
     def one(state: TrainState, model_state, batch: Batch) -> Sums:
@@ -117,21 +130,40 @@ def make_eval_step(apply: Callable, task) -> Callable[[TrainState, Batch], Mappi
     """`eval_step(state, batch) -> {"loss", "weight", metrics...}`, summed over the batch."""
 
     def eval_step(state: TrainState, batch: Batch) -> Mapping:
-        variables = {"params": state.params, **state.model_state}
-        outputs = apply(variables, *task.inputs(batch), train=False)
-        loss_sum, weight, metric_sums = task.loss(outputs, batch)
+        outputs = apply(variables_of(state), *task.inputs(batch), train=False)
+        loss_sum, weight, metric_sums = task.loss(outputs, batch | _rows(batch))
         return {"loss": loss_sum, "weight": weight, **metric_sums}
 
     return eval_step
 
 
-def make_init(module, task, tx: optax.GradientTransformation, *, batch_size: int) -> Callable:
-    """`init(key) -> TrainState` whose parameters still carry their logical axes (Flax boxes)."""
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """What the model is applied with."""
+    rest = {name: value for name, value in state.model_state.items() if name != TEACHER}
+    return {"params": state.params, **rest}
+
+
+def as_weights(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """`variables` as a checkpoint has them: the parameters, and the other collections."""
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    return {"params": variables["params"], "model_state": rest}
+
+
+def make_init(
+    module, task, tx: optax.GradientTransformation, *, batch_size: int, teacher=None
+) -> Callable:
+    """`init(key) -> TrainState` whose parameters still carry their logical axes (Flax boxes).
+
+    A `teacher`'s variables are there to be loaded into.
+    """
 
     def init(key: jax.Array) -> TrainState:
         zeros = {n: jnp.zeros(s.shape, s.dtype) for n, s in task.spec(batch_size).items()}
-        variables = module.init(stream(key, "params"), *task.inputs(zeros), train=False)
+        inputs = task.inputs(zeros)
+        variables = module.init(stream(key, "params"), *inputs, train=False)
         params = variables.pop("params")
+        if teacher is not None:
+            variables[TEACHER] = teacher.init(stream(key, TEACHER), *inputs, train=False)
         return TrainState(jnp.zeros((), jnp.int32), params, variables, tx.init(params), key)
 
     return init

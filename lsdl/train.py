@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from lsdl.errors import FINISHED, INTERRUPTED, SAVED_AND_STOPPED, UserError
+from lsdl.errors import FINISHED, INTERRUPTED, SAVED_AND_STOPPED, UserError, refuse
 
 EXAMPLES = """examples:
   python -m lsdl.train --config configs/digits_vit.py --workdir runs/a
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         from lsdl.processes import speaks
 
         if speaks(arguments.coordinator, arguments.num_processes, arguments.process_id):
-            print(f"lsdl: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            refuse(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the newest save.", file=sys.stderr)

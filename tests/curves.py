@@ -1,31 +1,73 @@
 """The curve of a short run, and the laws that compare two of them."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from lsdl.experiment import build
 from lsdl.optim.chain import path
+from lsdl.state import TrainState
+from tests.tiny import FAST, drawn, random_batch
 
 NAMES = ("loss", "grad_norm", "update_norm", "param_norm")
 
 
-def curve(config, *, devices=8, steps=20):
-    """(metrics of each of the first steps, state after the last) on `devices` virtual devices."""
+def curve(config, *, devices=8, steps=20, noise=False, fast=True):
+    """(metrics of each of the first steps, state after the last) on `devices` virtual devices.
+
+    With `noise` the parameters and the batches are noise, and a batch's last rows have no weight.
+    `fast` compiles in a hurry; loops then run too slowly to pay.
+    """
     experiment = build(config, devices=jax.devices()[:devices])
-    # One device's start for all: one compilation, and that each mesh starts alike is a test's own.
-    alone = ConfigDict(config)
-    alone.update({"mesh": "data=1", "partitioner": "jit"})
-    start = build(alone, devices=jax.devices()[:1]).init()
-    state = jax.device_put(start, experiment.shardings)
+    state = drawn_state(experiment) if noise else jax.tree.map(jnp.copy, _start(_alone(config)))
+    state = jax.device_put(state, experiment.shardings)
     step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
-    step = step.compile()
+    step = step.compile(compiler_options=FAST if fast and (noise or config.accum == 1) else None)
+    batches = _noise(experiment, steps) if noise else experiment.train_loader().batches(0, steps)
     rows = []
-    for batch in experiment.train_loader().batches(0, steps):
+    for batch in batches:
         state, metrics = step(state, batch)
         rows.append(metrics)
     rows = jax.device_get(rows)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}, host(state)
+
+
+def _alone(config):
+    """`config` without what changes no initial value."""
+    alone = ConfigDict(config)
+    alone.update({"mesh": "data=1", "partitioner": "jit", "rules": "dp", "remat": "none"})
+    alone.accum = 1
+    return FrozenConfigDict(alone)
+
+
+@functools.lru_cache(maxsize=4)
+def _start(config):
+    # One device's start for all: one compilation, and that each mesh starts alike is a test's own.
+    return build(config, devices=jax.devices()[:1]).init()
+
+
+def drawn_state(experiment):
+    """A state whose parameters and statistics are random, on the host."""
+    zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)  # noqa: E731
+    abstract = experiment.abstract_state
+    return TrainState(
+        zeros(abstract.step),
+        drawn(abstract.params),
+        drawn(abstract.model_state),
+        jax.tree.map(zeros, abstract.opt_state),
+        jax.random.key(0),
+    )
+
+
+def _noise(experiment, steps):
+    size = experiment.batch_size
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, experiment.abstract_batch)
+    for seed in range(steps):
+        batch = random_batch(experiment.task, size, seed=seed, padding=size // 8)
+        yield jax.device_put(batch, shardings)
 
 
 def host(state):

@@ -169,7 +169,8 @@ CASES = {
     "precision": (["--config.precision=float16"], ["precision='float16'", "'bfloat16'"]),
     "model": (["--config.model.name=vitt"], ["model.name='vitt'", "'vit'"]),
     "another model's fields": (["--config.model.name=mlp"], ["model mlp has no field"]),
-    "task": (["--config.task=regression"], ["task='regression'", "classification"]),
+    "task": (["--config.task=regresion"], ["task='regresion'", "'regression'"]),
+    "task without targets": (["--config.task=regression"], ["task=regression", "'target'"]),
     # optimiser
     "adam with decay": (["--config.optim.name=adam"], ["weight_decay", "0.05", "adamw"]),
     "exponential to nothing": (
@@ -232,6 +233,69 @@ CASES = {
     "too many steps": (["--config.total_steps=4294967296"], ["2^31"]),
     "no name": (["--config.name=", "--eval-only"], ["name="]),
 }
+
+
+# {case: (config, arguments, what the sentence has to say)}
+GPT, CLIP, MLP = "stdlib_gpt:smoke", "digits_clip:smoke", "digits_mlp:smoke"
+TASK_CASES = {
+    # a task, its data and its model
+    "language of images": (SMOKE, ["task=language"], ["task=language", "'token'", "image, label"]),
+    "classes of text": (GPT, ["task=classification"], ["'label'", "token, segment"]),
+    "classification by clip": (CLIP, ["task=classification"], ["model clip", "mlp, vit"]),
+    "masks without a mask": (GPT, ["task=masked_language"], ["'loss_weight'", "transforms"]),
+    "small vocabulary": (GPT, ["model.vocab_size=200"], ["vocab_size=200", "257", "'bytes'"]),
+    "small table": (GPT, ["model.vocab_padded=100"], ["vocab_padded=100", "vocab_size=257"]),
+    "short positions": (GPT, ["model.max_length=64"], ["max_length=64", "128 tokens"]),
+    "short captions": (CLIP, ["model.max_length=16"], ["max_length=16", "32 tokens"]),
+    # losses
+    "mixup of tokens": (GPT, ["loss.mixup=0.2"], ["loss.mixup=0.2", "task=language"]),
+    "smooth pairs": (CLIP, ["loss.label_smoothing=0.1"], ["label_smoothing", "contrastive"]),
+    "chunks of classes": (SMOKE, ["loss.chunk=8"], ["loss.chunk=8", "task=classification"]),
+    "pairs in parts": (CLIP, ["accum=2"], ["accum=2", "must be 1", "contrastive"]),
+    "form of pairs": (CLIP, ["loss.form=hinge"], ["loss.form='hinge'", "sigmoid, softmax"]),
+    "uneven chunks": (CLIP, ["loss.chunk=5"], ["96", "divisible by 5", "loss.chunk"]),
+    "negative mixup": (
+        SMOKE,
+        [
+            "loss.mixup=-1",
+        ],
+        ["loss.mixup=-1.0", "not be negative"],
+    ),
+    "negative chunk": (GPT, ["loss.chunk=-1"], ["loss.chunk=-1", "not be negative"]),
+    "too smooth": (SMOKE, ["loss.label_smoothing=1.5"], ["label_smoothing=1.5", "[0, 1]"]),
+    "weight without teacher": (SMOKE, ["loss.distill_weight=0.5"], ["teacher=''", "together"]),
+    # models
+    "pool": (SMOKE, ["model.pool=max"], ["model.pool='max'", "class, distill, mean"]),
+    "activation": (SMOKE, ["model.activation=gelutanh"], ["'gelutanh'", "'gelu_tanh'"]),
+    "form": (GPT, ["model.form=gpt9"], ["model.form='gpt9'", "'gpt2'"]),
+    "shared heads of gpt2": (GPT, ["model.kv_heads=2"], ["kv_heads=2", "must be 0", "llama"]),
+    "llama without positions": (GPT, ["model.form=llama"], ["rope_theta=0.0", "positive"]),
+    "shared heads": (
+        GPT,
+        ["model.form=llama", "model.rope_theta=100.0", "model.kv_heads=3", "model.num_heads=8"],
+        ["model.num_heads=8", "divisible by 3", "model.kv_heads"],
+    ),
+    "odd heads": (
+        GPT,
+        ["model.form=llama", "model.rope_theta=100.0", "model.width=72", "model.num_heads=8"],
+        ["model.width / model.num_heads=9", "divisible by 2"],
+    ),
+    "heads of a tower": (CLIP, ["model.text_num_heads=7"], ["text_width=64", "text_num_heads"]),
+    "patch of a tower": (CLIP, ["model.vision_patch=3"], ["divisible by 3", "vision_patch"]),
+    # evaluation and starts
+    "probe": (MLP, ["eval.probes=('svm',)"], ["eval.probes='svm'", "knn, linear"]),
+    "probe of text": (GPT, ["eval.probes=('knn',)"], ["eval.probes='knn'", "classification"]),
+    "negative shots": (MLP, ["eval.probe_shots=-1"], ["probe_shots=-1", "not be negative"]),
+    "start from nowhere": (MLP, ["init_from=nowhere"], ["'nowhere' is no run folder"]),
+}
+
+
+@pytest.mark.parametrize("case", TASK_CASES)
+def test_refusal_of_a_task_is_one_sentence(refused, case):
+    config, overrides, words = TASK_CASES[case]
+    sentence = refused(*(f"--config.{override}" for override in overrides), config=config)
+    for word in words:
+        assert word in sentence
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,7 +9,16 @@ import sys
 import pytest
 
 from lsdl import config as configs
-from lsdl.config import DURATIONS, UNITS, compare, duration_steps, flatten, template, to_json
+from lsdl.config import (
+    DURATIONS,
+    UNITS,
+    compare,
+    duration_steps,
+    flatten,
+    from_json,
+    template,
+    to_json,
+)
 from lsdl.errors import UserError
 from tests.conftest import CONFIGS
 
@@ -334,12 +343,17 @@ def test_spellings_of_different_durations_are_independent(resolve):
     assert config.checkpoint.every_examples == 500
 
 
-def in_steps(unit, value, total_steps=780):
+def in_steps(unit, value, tokens_per_example=128):
     group = template().eval
     group[f"every_{unit}"] = value
     # 1,257 examples in batches of 96: 13 whole batches an epoch
     return duration_steps(
-        group, "every", batch_size=96, steps_per_epoch=13, total_steps=total_steps
+        group,
+        "every",
+        batch_size=96,
+        steps_per_epoch=13,
+        tokens_per_example=tokens_per_example,
+        total_steps=780,
     )
 
 
@@ -359,6 +373,10 @@ def in_steps(unit, value, total_steps=780):
         ("examples", 97, 2),
         ("examples", 960, 10),
         ("examples", 1_000_000, 10_417),
+        ("tokens", 1, 1),
+        ("tokens", 96 * 128, 1),
+        ("tokens", 96 * 128 + 1, 2),
+        ("tokens", 10**9, 81_381),
         ("percent", 100.0, 780),
         ("percent", 10.0, 78),
         ("percent", 33.3, 260),  # 259.74
@@ -372,7 +390,7 @@ def test_durations_become_steps(unit, value, steps):
     assert type(result) is int
 
 
-@pytest.mark.parametrize("unit", [u for u in UNITS if u != "tokens"])
+@pytest.mark.parametrize("unit", UNITS)
 def test_zero_is_zero_in_every_unit(unit):
     assert in_steps(unit, UNITS[unit](0)) == 0
 
@@ -384,7 +402,7 @@ def test_examples_are_covered_with_less_than_a_batch_to_spare(examples):
 
 
 def test_tokens_need_a_language_task():
-    assert "every_tokens=5" in refusal(in_steps, "tokens", 5)
+    assert "every_tokens=5" in refusal(in_steps, "tokens", 5, 0)
 
 
 # Validation
@@ -605,3 +623,9 @@ def test_field_on_one_side_alone_is_a_change(stored, current):
     assert "seed=" in refusal(compare, stored, current)
     as_log = [{k.replace("seed", "log.x"): v for k, v in d.items()} for d in (stored, current)]
     assert list(compare(*as_log)) == ["log.x"]
+
+
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_clip:sigmoid", "lm_gpt2:1.5b"])
+def test_a_stored_config_comes_back_as_it_was(load, name):
+    config = load(name)
+    assert flatten(from_json(to_json(config))) == flatten(config)

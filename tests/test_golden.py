@@ -14,7 +14,7 @@ NAMES = ("loss", "grad_norm", "param_norm")
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("digits_*.py")))
 def test_the_curve_is_the_golden_one(load, name, request):
-    metrics, _ = curve(load(f"{name}:smoke"), devices=1)
+    metrics, _ = curve(load(f"{name}:smoke"), devices=1, fast=False)
     file = GOLDEN / f"{name}.csv"
     if request.config.getoption("--rewrite-golden"):
         with open(file, "w", newline="") as out:

@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lsdl.data import sources, transforms
+from lsdl.data import readers, transforms
 from lsdl.data.loader import Loader, permuted
-from lsdl.errors import UserError
 from lsdl.sharding.mesh import make_mesh
 
 BATCH = 16
@@ -53,7 +52,7 @@ def loader(reader, *, train=True, **kwargs):
 
 
 def in_memory(reader):
-    return sources.InMemory(reader, ("image", "label"))
+    return readers.in_memory(reader, ("image", "label"))
 
 
 def whole(loader, step):
@@ -81,6 +80,7 @@ KINDS = {
     "replace": dict(train=True, sampling="replace"),
     "replace, transformed": dict(train=True, sampling="replace", transforms=[transforms.shift(1)]),
     "evaluation": dict(train=False),
+    "evaluation, transformed": dict(train=False, transforms=[transforms.shift(2)]),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -321,6 +321,29 @@ def test_evaluation_counts_every_example_once_in_order(examples, limit):
     np.testing.assert_array_equal(found[weight == 1], np.arange(counted))
 
 
+def test_evaluation_draws_by_the_example_alone():
+    """Not by the batch that it falls into; and by the seed."""
+    reader = Reader(37, shape=(3, 3, 1))
+    moved = dict(train=False, transforms=[transforms.shift(1)], spec=spec((3, 3, 1)))
+    images = {}
+    for seed, size in ((0, BATCH), (0, 8), (1, BATCH)):
+        evaluation = loader(reader, seed=seed, batch_size=size, **moved)
+        batches = [evaluation.rows(step, np.arange(size)) for step in range(evaluation.num_batches)]
+        images[seed, size] = np.concatenate([b["image"] for b in batches])[:37]
+    np.testing.assert_array_equal(images[0, BATCH], images[0, 8])
+    assert not np.array_equal(images[0, BATCH], images[1, BATCH])
+    assert not np.array_equal(images[0, BATCH], reader.pixels)
+
+
+def test_evaluation_draws_otherwise_than_training():
+    """A row of the first epoch and the example of the same number are not moved alike."""
+    reader = Reader(64)
+    reader.pixels[:] = reader.pixels[0]
+    both = [loader(reader, train=t, transforms=[transforms.shift(2)]) for t in (True, False)]
+    first, second = (whole(each, 0)["image"] for each in both)
+    assert (first == second).all(axis=(1, 2, 3)).mean() < 0.5
+
+
 def test_padding_repeats_the_first_example():
     """Padding goes through the model: it must not hold what could overflow there."""
     reader = Reader(17)
@@ -331,63 +354,6 @@ def test_padding_repeats_the_first_example():
 
 
 # --- transforms -----------------------------------------------------------------------------------
-
-
-def shifted(image, down, right):
-    """Independent of the code under test: pixel by pixel."""
-    out = np.zeros_like(image)
-    height, width, _ = image.shape
-    for y in range(height):
-        for x in range(width):
-            if 0 <= y - down < height and 0 <= x - right < width:
-                out[y, x] = image[y - down, x - right]
-    return out
-
-
-@pytest.mark.parametrize("pixels", [0, 1, 2, 4])
-def test_shift_reaches_every_offset_and_no_other(pixels):
-    """All `(2 pixels + 1)^2` of them, equally often, and what moves in is zero."""
-    image = Reader(1).pixels[0]
-    offsets = range(-pixels, pixels + 1)
-    expected = {shifted(image, y, x).tobytes(): 0 for y in offsets for x in offsets}
-    rng = np.random.default_rng(0)
-    draws = 60 * len(offsets) ** 2
-    for _ in range(draws):
-        moved = transforms.shift(pixels)({"image": image}, rng)["image"]
-        assert (moved.shape, moved.dtype) == (image.shape, image.dtype)
-        expected[moved.tobytes()] += 1
-    assert min(expected.values()) >= 25
-
-
-def test_flip_mirrors_left_to_right_half_of_the_time():
-    image = Reader(1).pixels[0]
-    rng = np.random.default_rng(0)
-    found = [transforms.flip()({"image": image}, rng)["image"] for _ in range(2000)]
-    mirrored = [np.array_equal(f, image[:, ::-1]) for f in found]
-    assert all(m or np.array_equal(f, image) for m, f in zip(mirrored, found, strict=True))
-    assert abs(np.mean(mirrored) - 0.5) < 0.05
-
-
-def test_flip_is_an_involution():
-    class Always:
-        def random(self):
-            return 0.0
-
-    example = {"image": Reader(1).pixels[0]}
-    once = transforms.flip()(example, Always())
-    assert not np.array_equal(once["image"], example["image"])
-    np.testing.assert_array_equal(transforms.flip()(once, Always())["image"], example["image"])
-
-
-@pytest.mark.parametrize("text", ["shift:2", "flip"])
-def test_a_transform_touches_the_image_alone(text):
-    example = Reader(3)[2]
-    before = {name: np.array(value) for name, value in example.items()}
-    rng = np.random.default_rng(1)
-    for _ in range(10):
-        after = transforms.parse(text)(example, rng)
-        assert (after["label"], after["unused"]) == (2, "text")
-        np.testing.assert_array_equal(example["image"], before["image"])
 
 
 def test_transforms_are_applied_in_order():
@@ -427,21 +393,3 @@ def test_augmentation_follows_the_seed():
         for seed in (0, 1)
     ]
     assert not np.array_equal(*batches)
-
-
-@pytest.mark.parametrize(
-    "text", ["shift", "shift:", "shift:x", "shift:1.5", "shift:1:2", "flip:1", "rotate:3", "", ":"]
-)
-def test_bad_transforms_are_errors(text):
-    with pytest.raises(UserError, match=r"no transform|not of the form"):
-        transforms.parse(text)
-
-
-def test_a_negative_shift_is_an_error():
-    with pytest.raises(UserError, match="not of the form"):
-        transforms.parse("shift:-1")
-
-
-def test_a_mistyped_transform_is_told_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'shift'"):
-        transforms.parse("shfit:1")

@@ -70,7 +70,7 @@ def record(load, monkeypatch):
             build(load("digits_mlp:smoke")), train_step=Program(log), log_every_steps=1, **fields
         )
         monkeypatch.setattr(loop.jax, "device_get", lambda tree: jax.tree.map(np.asarray, tree))
-        monkeypatch.setattr(loop, "evaluate", lambda *_: log.append("eval") or {"loss": 1.0})
+        monkeypatch.setattr(loop, "evaluate", lambda *_, **__: log.append("eval") or {"loss": 1.0})
         state = np.zeros(())
         loop._train(experiment, state, 0, loop.Writers([]), Checkpoints(log), Stop(stop))
         return log

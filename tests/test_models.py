@@ -9,16 +9,24 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lsdl.models import layers, transformer
+from lsdl.models import layers
 from lsdl.models.mlp import Mlp
-from lsdl.models.resnet import CifarResNet, ResidualBlock
-from lsdl.models.vit import Vit
+from lsdl.models.resnet import ResidualBlock, ResNet, cifar
+from lsdl.models.vit import CLASS_TOKENS, SIZES, Vit
 from lsdl.sharding import rules
+from tests.tiny import applied, boxed, close, count, images, jit, paths, values
 
 vit = functools.partial(Vit, patch=2, width=8, num_layers=2, num_heads=2, mlp_dim=12, num_classes=5)
+
+
+def CifarResNet(depth, **fields):
+    return ResNet(**cifar(depth) | fields)
+
+
 MODELS = {
     "mlp": functools.partial(Mlp, hidden=(6, 8, 6), num_classes=5),
     "vit": vit,
+    "vit mean": functools.partial(vit, pool="mean"),
     "vit stem": functools.partial(vit, stem=1),
     "vit scan": functools.partial(vit, scan_layers=True),
     "vit stem scan": functools.partial(vit, stem=1, scan_layers=True),
@@ -29,61 +37,8 @@ some_models = pytest.mark.parametrize("name", ["mlp", "vit stem", "vit scan", "r
 IMAGE = (8, 8, 3)
 
 
-# Small programs: compiling them costs more than running them.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
-def images(batch, shape=IMAGE):
-    return np.float32(np.random.default_rng(7).standard_normal((batch, *shape)))
-
-
-def boxed(model, *inputs, **kwargs):
-    """The model's variables as shapes, parameters in the boxes that carry their logical axes."""
-    return jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), *inputs)
-
-
 def shapes(model, shape=IMAGE):
     return boxed(model, images(2, shape), train=False)
-
-
-def values(model, *inputs, **kwargs):
-    """Variables with random values everywhere: no zero bias or unit scale hides its product.
-
-    Drawn by numpy, which needs no compilation as `init` does.
-    """
-    draw = np.random.default_rng(1).standard_normal
-
-    def make(keys, leaf):
-        name, noise = keys[-1].key, np.float32(draw(leaf.shape))
-        if name == "kernel":
-            return noise / np.sqrt(np.prod(leaf.shape[-3:-1]))
-        return 1 + abs(noise) / 4 if name in ("scale", "var") else noise / 4
-
-    variables = nn.unbox(boxed(model, *inputs, **kwargs))
-    return jax.tree_util.tree_map_with_path(make, variables)
-
-
-def applied(model, **kwargs):
-    return jit(functools.partial(model.apply, **kwargs))
-
-
-def count(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def paths(tree):
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in flat}
-
-
-def close(a, b, **kwargs):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **kwargs), a, b)
 
 
 # --- the contract of every model ------------------------------------------------------------------
@@ -161,6 +116,17 @@ def test_evaluation_sees_every_example_alone(name):
     close(apply(variables, x)[1:3], apply(variables, x[1:3]), rtol=1e-5, atol=1e-6)
 
 
+@some_models
+def test_without_classes_a_model_returns_what_its_head_reads(name):
+    model, x = MODELS[name](), images(3)
+    variables = values(model, x, train=False)
+    features = applied(MODELS[name](num_classes=0), train=False)(variables, x)
+    head = variables["params"]["head"]
+    logits = applied(model, train=False)(variables, x)
+    assert features.dtype == jnp.float32
+    close(features @ head["kernel"] + head["bias"][None], logits, rtol=1e-5, atol=1e-5)
+
+
 # --- parameter counts -----------------------------------------------------------------------------
 
 
@@ -201,20 +167,22 @@ def test_resnet_parameters_at_any_size(width, channels, classes):
     assert count(shapes(model, (8, 8, channels))["params"]) == expected
 
 
-def vit_parameters(*, patch, width, num_layers, mlp_dim, num_classes, stem, image):
+def vit_parameters(*, patch, width, num_layers, mlp_dim, num_classes, image, stem=0, pool="class"):
     height, breadth, channels = image
     total, inputs = 0, channels
     for _ in range(stem):
         total += (9 * inputs + 1) * width
         inputs = width
     total += (patch * patch * inputs + 1) * width
-    total += height * breadth // patch**2 * width
+    total += (height * breadth // patch**2 + 2 * CLASS_TOKENS[pool]) * width  # token, position
     attention = 4 * (width + 1) * width
     mlp = (width + 1) * mlp_dim + (mlp_dim + 1) * width
     total += num_layers * (attention + mlp + 2 * 2 * width)
-    return total + 2 * width + (width + 1) * num_classes
+    heads = 2 if pool == "distill" else 1
+    return total + 2 * width + heads * (width + 1) * num_classes
 
 
+@pytest.mark.parametrize("pool", CLASS_TOKENS)
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("stem", [0, 1, 3])
 @pytest.mark.parametrize(
@@ -224,20 +192,45 @@ def vit_parameters(*, patch, width, num_layers, mlp_dim, num_classes, stem, imag
         ((32, 24, 3), dict(patch=4, width=64, num_layers=3, mlp_dim=100, num_classes=7)),
     ],
 )
-def test_vit_parameters(image, fields, stem, scan_layers):
-    model = Vit(num_heads=8, stem=stem, scan_layers=scan_layers, **fields)
-    assert count(shapes(model, image)["params"]) == vit_parameters(image=image, stem=stem, **fields)
+def test_vit_parameters(image, fields, stem, scan_layers, pool):
+    fields = fields | dict(stem=stem, pool=pool)
+    model = Vit(num_heads=8, scan_layers=scan_layers, **fields)
+    assert count(shapes(model, image)["params"]) == vit_parameters(image=image, **fields)
 
 
-def test_vit_base_parameters():
-    """ViT-B/16 at 224 pixels has 86,567,656 with a class token (Dosovitskiy et al. 2021)."""
-    model = Vit(patch=16, width=768, num_layers=12, num_heads=12, mlp_dim=3072, num_classes=1000)
-    token_and_its_position = 768 + 768
-    assert count(shapes(model, (224, 224, 3))["params"]) == 86_567_656 - token_and_its_position
+@pytest.mark.parametrize(
+    ("size", "pool", "parameters"),
+    [
+        # The class token's: those of the papers' public weights.
+        ("ti16", "class", 5_717_416),
+        ("s16", "class", 22_050_664),
+        ("b16", "class", 86_567_656),
+        ("b32", "class", 88_224_232),
+        ("l16", "class", 304_326_632),
+        ("h14", "class", 632_045_800),
+        # Without the class token and its position.
+        ("b16", "mean", 86_567_656 - 2 * 768),
+        # DeiT's, with the distillation token (Touvron et al. 2021, table 5: 6M, 22M, 87M).
+        ("ti16", "distill", 5_910_800),
+        ("s16", "distill", 22_436_432),
+        ("b16", "distill", 87_338_192),
+    ],
+)
+def test_vit_parameters_at_the_published_sizes(size, pool, parameters):
+    model = Vit(**SIZES[size], num_classes=1000, pool=pool, scan_layers=True)
+    assert count(shapes(model, (224, 224, 3))["params"]) == parameters
+
+
+@pytest.mark.parametrize(("size", "millions"), [("g14", 1011), ("G14", 1843)])
+def test_largest_vits_are_as_large_as_printed(size, millions):
+    """Zhai et al. 2022, table 2, which counts no head."""
+    model = Vit(**SIZES[size], num_classes=0, pool="mean", scan_layers=True)
+    assert abs(count(shapes(model, (224, 224, 3))["params"]) / 1e6 - millions) < 2
 
 
 @pytest.mark.parametrize(
     ("hidden", "image", "parameters"),
+    # 79,510: the Fashion-MNIST example of the lectures.
     [((100,), (28, 28, 1), 79_510), ((), (28, 28, 1), 7850), ((6, 8), (2, 2, 3), 224)],
 )
 def test_mlp_parameters(hidden, image, parameters):
@@ -262,68 +255,13 @@ def test_mlp_is_its_formula(activation):
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_its_formula(causal):
-    """Vaswani et al. 2017, equation 1, head by head."""
-    model = transformer.Attention(num_heads=2, dtype=jnp.float32, causal=causal)
-    x = images(1, (5, 6))
-    params = values(model, x)["params"]
-    q, k, v = (
-        np.float64(x[0]) @ np.float64(params[n]["kernel"]) + params[n]["bias"]
-        for n in ("query", "key", "value")
-    )
-    mixed = np.zeros((5, 6))
-    for head in (slice(0, 3), slice(3, 6)):
-        for t in range(5):
-            score = q[t, head] @ k[:, head].T / np.sqrt(3)
-            share = np.exp(score - score.max())
-            share[t + 1 if causal else 5 :] = 0
-            mixed[t, head] = share / share.sum() @ v[:, head]
-    expected = mixed @ np.float64(params["out"]["kernel"]) + params["out"]["bias"]
-    found = applied(model)({"params": params}, x)
-    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-def test_causal_outputs_ignore_what_comes_later(causal, scan_layers):
-    """d y_t / d x_s is exactly 0 for s > t, and for s <= t it is not."""
-    stack = transformer.Stack(*(2, 2, 12, 0.0, jnp.float32), causal=causal, scan_layers=scan_layers)
-    x = images(2, (5, 8))
-    variables = values(stack, x, train=False)
-    jacobian = jit(jax.jacrev(lambda x, v: stack.apply(v, x, train=True)))(x, variables)
-    reach_BtBs = np.abs(jacobian).max((2, 5))
-    for a, b in itertools.product(range(2), repeat=2):
-        seen = reach_BtBs[a, :, b]
-        if a != b:
-            assert (seen == 0).all()
-        elif causal:
-            assert (seen[np.triu_indices(5, 1)] == 0).all()
-            assert (seen[np.tril_indices(5)] > 1e-6).all()
-        else:
-            assert (seen > 1e-6).all()
-
-
-def test_vit_patches_see_their_own_pixels_alone():
-    """Without layers every patch is embedded by itself, at its own place."""
-    model = vit(num_layers=0)
-    x = images(1)
-    variables = values(model, x, train=False)
-    apply = applied(model, train=False, capture_intermediates=True)
-
-    def norm(x):
-        return apply(variables, x)[1]["intermediates"]["norm"]["__call__"][0]
-
-    other = x.copy()
-    other[0, 2:4, 6:8] += 1
-    changed = np.abs(norm(other) - norm(x)).max(-1)[0]
-    np.testing.assert_array_equal(np.flatnonzero(changed), [1 * 4 + 3])
-
-
 @pytest.mark.parametrize(("stride", "features"), [(1, 4), (2, 8), (2, 9)])
 def test_residual_shortcut_is_option_a(stride, features):
     """With the branch switched off: subsampled, and padded with zero channels on both sides."""
-    block = ResidualBlock(features, stride, jnp.float32, train=False, axis_name=None)
+    fields = dict(bottleneck=False, shortcut="pad", norm="batch", zero_gamma=False)
+    block = ResidualBlock(
+        features, stride, **fields, dtype=jnp.float32, train=False, axis_name=None
+    )
     x = images(2, (6, 6, 4))
     variables = values(block, x)
     variables["params"] = jax.tree.map(np.zeros_like, variables["params"])
@@ -347,52 +285,7 @@ def test_resnet_halves_the_image_twice():
     }
 
 
-# --- scan and rematerialisation -------------------------------------------------------------------
-
-
-def stacked(params):
-    """The unrolled stack's parameters as those of the scanned one."""
-    blocks = [params["stack"][f"block_{i}"] for i in range(len(params["stack"]))]
-    return params | {"stack": {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}}
-
-
-def test_scanned_and_unrolled_stacks_are_one_function():
-    unrolled, scanned = vit(), vit(scan_layers=True)
-    x = images(3)
-    params = values(unrolled, x, train=False)["params"]
-
-    def loss(params, model):
-        logits = model.apply({"params": params}, x, train=True)
-        return (logits**2).sum(), logits
-
-    value = jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    slope, logits = value(params, unrolled)
-    slope_scanned, logits_scanned = value(stacked(params), scanned)
-    close(logits_scanned, logits, rtol=1e-5, atol=1e-5)
-    close(slope_scanned, stacked(slope), rtol=1e-4, atol=1e-5)
-    assert jax.tree.map(jnp.shape, stacked(params)) == jax.tree.map(
-        jnp.shape, nn.unbox(shapes(scanned))["params"]
-    )
-
-
-def test_scanned_parameters_are_split_over_no_layer():
-    params = shapes(vit(num_layers=3, scan_layers=True))["params"]["stack"]["blocks"]
-    unrolled = shapes(vit(num_layers=3))["params"]["stack"]["block_0"]
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-
-    def check(scanned, single):
-        assert scanned.names == ("layers", *single.names)
-        assert scanned.value.shape == (3, *single.value.shape)
-
-    jax.tree.map(check, params, unrolled, is_leaf=is_box)
-
-
-def test_scanned_layers_start_from_different_values():
-    stack = transformer.Stack(*(2, 2, 12, 0.0, jnp.float32), scan_layers=True)
-    make = jit(functools.partial(stack.init, train=False))
-    params = nn.unbox(make(jax.random.key(0), images(1, (5, 8))))["params"]["blocks"]
-    for path, leaf in paths(params).items():
-        assert path.endswith("kernel") != np.array_equal(leaf[0], leaf[1]), path
+# --- rematerialisation -------------------------------------------------------------------
 
 
 def grads(model):
@@ -529,24 +422,6 @@ def test_masks_of_a_model_belong_to_the_row(name):
     assert not np.allclose(apply(variables, x[some], some + 1), whole[some], atol=1e-3)
     off = applied(model, train=False)(variables, x)
     assert not np.allclose(off, whole, atol=1e-3)
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_masks_of_a_stack_are_independent(scan_layers):
-    """Where every branch adds 1, the sum is 2 x Binomial(2 layers, 1/2): its variance tells."""
-    stack = transformer.Stack(*(4, 2, 12, 0.5, jnp.float32), scan_layers=scan_layers)
-    x = np.zeros((64, 5, 8), np.float32)
-    variables = values(stack, x, train=False)
-
-    def one(keys, leaf):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        return np.full_like(leaf, path.endswith(("attn/out/bias", "mlp/down/bias")))
-
-    variables = jax.tree_util.tree_map_with_path(one, variables)
-    apply = applied(stack, train=True)
-    y = apply(variables, x, rngs={"dropout": jax.random.key(0)})
-    assert abs(y.mean() - 8) < 0.3
-    assert abs(y.var() - 8) < 1.0
 
 
 # --- batch normalisation --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from flax import linen as nn
 from lsdl.config import template
 from lsdl.errors import UserError
 from lsdl.models.mlp import Mlp
-from lsdl.models.resnet import CifarResNet
+from lsdl.models.resnet import ResNet, cifar
 from lsdl.models.vit import Vit
 from lsdl.optim import chain, schedules
 
@@ -24,16 +24,30 @@ def make_schedule(name, **kwargs):
         peak=0.3,
         total_steps=200,
         warmup_steps=0,
+        start_factor=0.0,
         end_factor=0.05,
+        power=2.0,
         boundaries_percent=(50.0, 75.0),
         step_factor=0.1,
     )
     return schedules.make_schedule(name, **fields | kwargs)
 
 
-def formula(name, step, *, peak=0.3, total=200, warmup=0, end=0.05, boundaries=(), factor=0.1):
+def formula(
+    name,
+    step,
+    *,
+    peak=0.3,
+    total=200,
+    warmup=0,
+    start=0.0,
+    end=0.05,
+    power=2.0,
+    boundaries=(),
+    factor=0.1,
+):
     if step < warmup:
-        return peak * step / warmup
+        return peak * (start + (1 - start) * step / warmup)
     part = (step - warmup) / (total - warmup) if total > warmup else 0.0
     return (
         peak
@@ -41,6 +55,7 @@ def formula(name, step, *, peak=0.3, total=200, warmup=0, end=0.05, boundaries=(
             "constant": 1.0,
             "warmup_cosine": end + (1 - end) * (1 + math.cos(math.pi * part)) / 2,
             "exponential": end**part,
+            "polynomial": end + (1 - end) * (1 - part) ** power,
             "step": factor ** sum(step >= boundary for boundary in boundaries),
         }[name]
     )
@@ -54,6 +69,10 @@ def formula(name, step, *, peak=0.3, total=200, warmup=0, end=0.05, boundaries=(
         ("warmup_cosine", {}, {}),
         ("warmup_cosine", dict(end_factor=0.0), dict(end=0.0)),
         ("warmup_cosine", dict(end_factor=1.0, peak=2e-3), dict(end=1.0, peak=2e-3)),
+        ("warmup_cosine", dict(start_factor=0.5), dict(start=0.5)),
+        ("polynomial", {}, {}),
+        ("polynomial", dict(power=1.5, end_factor=0.0), dict(power=1.5, end=0.0)),
+        ("polynomial", dict(power=1.0, start_factor=1.0), dict(power=1.0, start=1.0)),
         ("exponential", {}, {}),
         ("exponential", dict(end_factor=1.0), dict(end=1.0)),
         ("exponential", dict(end_factor=1e-4, peak=5.0), dict(end=1e-4, peak=5.0)),
@@ -98,7 +117,13 @@ def test_without_warm_up_the_first_step_has_the_peak(name):
 
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("constant", 0.3), ("warmup_cosine", 0.015), ("exponential", 0.015), ("step", 0.003)],
+    [
+        ("constant", 0.3),
+        ("warmup_cosine", 0.015),
+        ("exponential", 0.015),
+        ("polynomial", 0.015),
+        ("step", 0.003),
+    ],
 )
 @pytest.mark.parametrize("warmup", [0, 20])
 def test_end_value(name, end, warmup):
@@ -133,6 +158,7 @@ def test_boundaries_on_the_same_step_all_count():
         ("constant", dict(warmup_steps=201), "longer than the run of 200"),
         ("exponential", dict(end_factor=0.0), r"must be within \(0, 1\]"),
         ("exponential", dict(end_factor=1.5), r"must be within \(0, 1\]"),
+        ("polynomial", dict(power=0.0), "power=0.0 must be positive"),
         ("step", dict(warmup_steps=150), "must lie after the warm-up, which ends at 75 percent"),
     ],
 )
@@ -385,7 +411,7 @@ MODELS = {
     "vit": vit,
     "vit, stem": lambda: vit(stem=2),
     "vit, scanned": lambda: vit(scan_layers=True),
-    "resnet": lambda: CifarResNet(depth=20, num_classes=10),
+    "resnet": lambda: ResNet(num_classes=10, **cifar(20)),
 }
 
 
@@ -402,7 +428,7 @@ def test_kernels_and_positions_alone_are_decayed(model, boxed):
     assert len(decays) == len(jax.tree.leaves(params))
     last = {name: name.split("/")[-1] for name in decays}
     assert {name for name, decayed in decays.items() if decayed} == {
-        name for name in decays if last[name] in ("kernel", "position")
+        name for name in decays if last[name] in ("kernel", "position", "class")
     }
     assert {last[name] for name, decayed in decays.items() if not decayed} <= {"bias", "scale"}
     assert {"kernel", "bias"} <= set(last.values())

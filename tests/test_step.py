@@ -125,7 +125,7 @@ def test_evaluation_counts_every_example_once(load, batch_size):
     experiment = build(load("digits_mlp:smoke", f"batch_size={batch_size}", "mesh=data=8"))
     state = experiment.init()
     loader = experiment.eval_loader("valid")
-    metrics = loop.evaluate(experiment, state, loader)
+    metrics = loop.evaluate(experiment, state, "valid")
     rows = [loader.rows(i, np.arange(batch_size)) for i in range(loader.num_batches)]
     images = np.concatenate([r["image"][r["weight"] > 0] for r in rows])
     labels = np.concatenate([r["label"][r["weight"] > 0] for r in rows])

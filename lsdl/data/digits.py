@@ -50,7 +50,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             )
 
 
-def split_ids(labels: np.ndarray) -> dict[str, np.ndarray]:
+def split_ids(labels: np.ndarray, *, sizes: dict[str, int] = SPLITS) -> dict[str, np.ndarray]:
     """{split: ids}, each class in the same proportion, the same on every machine.
 
     Every class's images are put in a fixed random order; image j of n then has the quantile
@@ -62,5 +62,5 @@ def split_ids(labels: np.ndarray) -> dict[str, np.ndarray]:
         ids = order.permutation(np.flatnonzero(labels == label))
         quantile[ids] = (np.arange(len(ids)) + 0.5) / len(ids)
     ranked = np.argsort(quantile, kind="stable")
-    cuts = np.cumsum(list(SPLITS.values()))
-    return dict(zip(SPLITS, np.split(ranked, cuts[:-1]), strict=True))
+    cuts = np.cumsum(list(sizes.values()))
+    return dict(zip(sizes, np.split(ranked, cuts[:-1]), strict=True))

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from lsdl.data.readers import EVALUATION, TRAIN, generator
 from lsdl.data.transforms import Transform
 from lsdl.state import Batch
 
@@ -94,8 +95,9 @@ class Loader:
         epoch, index, counter = self._locate(step, rows)
         valid = index >= 0
         index = np.maximum(index, 0)  # padding repeats the first example, with weight 0
-        if not self._transforms and hasattr(self._reader, "arrays"):
-            batch = {name: self._reader.arrays[name][index] for name in self._spec}
+        if not self._transforms and hasattr(self._reader, "rows"):
+            found = self._reader.rows(index)
+            batch = {name: found[name] for name in self._spec}
         else:
             examples = [self._example(i, epoch, c) for i, c in zip(index, counter, strict=True)]
             batch = {name: np.stack([e[name] for e in examples]) for name in self._spec}
@@ -113,7 +115,8 @@ class Loader:
             position = step * self._batch_size + rows
             return 0, np.where(position < examples, position, -1), position
         if self._sampling == "replace":
-            draws = self._generator(step, 2**63).integers(examples, size=self._batch_size)
+            draws = generator(self._seed, TRAIN, step, 2**63)
+            draws = draws.integers(examples, size=self._batch_size)
             return step, draws[rows], rows
         epoch, step_in_epoch = divmod(step, self.num_batches)
         position = step_in_epoch * self._batch_size + rows
@@ -123,12 +126,8 @@ class Loader:
     def _example(self, index: int, epoch: int, counter: int) -> dict[str, np.ndarray]:
         example = {name: np.asarray(value) for name, value in self._reader[int(index)].items()}
         if self._transforms:
-            rng = self._generator(epoch, int(counter))
+            stream = TRAIN if self._train else EVALUATION
+            rng = generator(self._seed, stream, epoch, counter)
             for transform in self._transforms:
                 example = transform(example, rng)
         return example
-
-    def _generator(self, epoch: int, counter: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(key=self._seed, counter=np.array([0, 0, epoch, counter], np.uint64))
-        )

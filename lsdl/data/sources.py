@@ -1,23 +1,23 @@
 """Where examples come from: cards (known before any file is opened) and readers.
 
-A reader has `len(reader)` and `reader[i] -> dict of numpy`. A card says the same data's sizes and
-shapes without files, so that an experiment can be built, planned and traced anywhere.
+A card says a data set's sizes and shapes without files, so that an experiment can be built,
+planned and traced anywhere. What a reader is, `readers` says.
 """
 
 import contextlib
-import fcntl
+import functools
+import inspect
 import io
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lsdl.data import digits
+from lsdl.data import captions, digits, stdlib, synthetic, tabular
+from lsdl.data.folder import data_dir, locked
+from lsdl.data.readers import Arrays, Features, Leaf, Table
 from lsdl.errors import UserError
 
 
@@ -25,104 +25,203 @@ from lsdl.errors import UserError
 class Card:
     """What is known about a data set without opening it."""
 
-    splits: Mapping[str, int]  # examples
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    mean: tuple[float, ...]  # per channel, in the units of the stored pixels
-    std: tuple[float, ...]
+    splits: Mapping[str, int]  # examples; of text, documents
+    features: Features  # of one example as stored: a dim that varies is None; {} of text
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()  # per channel or feature, in the units of what is stored
+    std: tuple[float, ...] = ()
+    vocab_size: int = 0  # of what is stored as tokens
+    kind: str = "examples"  # examples | text | captions: the last two are still to be tokenised
+    captions_per_image: int = 1
+    prompt: str = "a photo of a {}"  # the caption that stands for a class
 
 
-_IMAGENET_MEAN, _IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+def _images(splits, shape, num_classes, mean, std, **more) -> Card:
+    features = {"image": Leaf(shape, np.dtype(np.uint8))}
+    if num_classes:
+        features["label"] = Leaf((), np.dtype(np.int32))
+    return Card(splits, features, num_classes, mean=mean, std=std, **more)
+
+
+_MNIST, _CIFAR = {"train": 60_000, "test": 10_000}, {"train": 50_000, "test": 10_000}
+_IMAGENET = {"train": 1_281_167, "validation": 50_000}
+_COCO = {"train": 82_783, "restval": 30_504, "val": 5_000, "test": 5_000}
+_VARYING = (None, None, 3)
+_RGB = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # of ImageNet's train images
+_DIGITS = _images(digits.SPLITS, (8, 8, 1), 10, (4.89,), (6.02,), class_names=captions.DIGIT_NAMES)
 CARDS = {
     # mean and std of the train split's pixels
-    "digits": Card(digits.SPLITS, (8, 8, 1), 10, (4.89,), (6.02,)),
-    "tfds:mnist": Card({"train": 60_000, "test": 10_000}, (28, 28, 1), 10, (33.3,), (78.6,)),
-    "tfds:fashion_mnist": Card(
-        {"train": 60_000, "test": 10_000}, (28, 28, 1), 10, (72.9,), (90.0,)
-    ),
-    "tfds:cifar10": Card(
-        {"train": 50_000, "test": 10_000},
-        (32, 32, 3),
-        10,
-        (125.3, 123.0, 113.9),
-        (63.0, 62.1, 66.7),
-    ),
-    "tfds:cifar100": Card(
-        {"train": 50_000, "test": 10_000},
-        (32, 32, 3),
-        100,
-        (129.3, 124.1, 112.4),
-        (68.2, 65.4, 70.4),
-    ),
+    "digits": _DIGITS,
+    "captioned_digits": replace(_DIGITS, kind="captions", prompt=captions.DIGIT_PROMPT),
+    "tfds:mnist": _images(_MNIST, (28, 28, 1), 10, (33.3,), (78.6,)),
+    "tfds:fashion_mnist": _images(_MNIST, (28, 28, 1), 10, (72.9,), (90.0,)),
+    "tfds:cifar10": _images(_CIFAR, (32, 32, 3), 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "tfds:cifar100": _images(_CIFAR, (32, 32, 3), 100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+    "tfds:imagenet2012": _images(_IMAGENET, _VARYING, 1000, *_RGB),
+    "tfds:coco_captions": _images(_COCO, _VARYING, 0, *_RGB, kind="captions", captions_per_image=5),
 }
-
-
-def data_dir() -> Path:
-    """Where prepared data sets lie: `$LSDL_DATA_DIR`, else `lsdl/data` in the user's cache."""
-    if "LSDL_DATA_DIR" in os.environ:
-        return Path(os.environ["LSDL_DATA_DIR"]).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "lsdl" / "data"
+TABLES = {
+    "wine": functools.partial(tabular.table, "wine"),
+    "breast_cancer": functools.partial(tabular.table, "breast_cancer"),
+    "spirals": synthetic.spirals,
+    "modular": synthetic.modular,
+    "teacher": synthetic.teacher,
+}
+# TFDS sets of documents: how many tokens they hold is known once they are tokenised.
+TEXTS = ("c4", "lm1b", "wikipedia")
 
 
 def card(source: str) -> Card:
-    """The card of `digits` or `tfds:NAME`: from the table, else from the set on disk."""
+    """The card of an embedded set or `tfds:NAME`: from the code, else from the set on disk."""
     if source in CARDS:
         return CARDS[source]
+    if source == "stdlib_text":
+        return Card({split: len(files) for split, files in stdlib.files().items()}, {}, kind="text")
+    if source.partition(":")[0] in TABLES:
+        return _card_of_table(table(source))
     if not source.startswith("tfds:"):
         raise UserError(
             f"data.source={source!r} is unknown: use {_embedded()}, or tfds:NAME for a TFDS set."
         )
+    if source.removeprefix("tfds:").replace("/", ":").partition(":")[0] in TEXTS:
+        return Card({}, {}, kind="text")
+    return _card_of_disk(source)
+
+
+@functools.cache
+def table(source: str) -> Table:
+    """The embedded table that `NAME:PARAMETER:...` stands for."""
+    name, *parameters = source.split(":")
+    wanted = inspect.signature(TABLES[name]).parameters
+    if len(parameters) != len(wanted):
+        form = ":".join([name, *(parameter.upper() for parameter in wanted)])
+        raise UserError(f"data.source={source!r} is not of the form {form}.")
+    return TABLES[name](*parameters)
+
+
+def _card_of_table(table: Table) -> Card:
+    splits = {name: len(next(iter(leaves.values()))) for name, leaves in table.splits.items()}
+    leaves = next(iter(table.splits.values()))  # the first split is the one to train on
+    features = {n: Leaf(a.shape[1:], a.dtype) for n, a in leaves.items()}
+    moments = {}
+    if "features" in leaves:
+        x_NF = leaves["features"].astype(np.float64)
+        moments = dict(mean=tuple(x_NF.mean(0).tolist()), std=tuple(x_NF.std(0).tolist()))
+    names = table.class_names
+    vocab_size = table.vocab_size
+    return Card(splits, features, len(names), names, vocab_size=vocab_size, **moments)
+
+
+def _card_of_disk(source: str) -> Card:
     info = _builder(source).info
     if not info.splits:
         raise _missing(source)
-    features = dict(info.features.items())
-    classes = getattr(features.get("label"), "num_classes", None)
-    if "image" not in features or classes is None:
-        raise UserError(
-            f"data.source={source!r} holds no labelled images: it has {', '.join(features)}."
-        )
-    image = features["image"].shape
-    if None in image:
-        raise UserError(f"data.source={source!r} has images of no fixed shape ({image}).")
-    channels = image[-1]
+    stored = dict(info.features.items())
     sizes = {name: split.num_examples for name, split in info.splits.items()}
-    return Card(sizes, image, classes, (127.5,) * channels, (127.5,) * channels)
+    label = stored.get("label")
+    classes = getattr(label, "num_classes", None)
+    if "image" in stored and classes:
+        shape = stored["image"].shape
+        middle = (127.5,) * shape[-1]
+        names = tuple(label.names) if label.names[0] != "0" else ()
+        return _images(sizes, shape, classes, middle, middle, class_names=names)
+    if isinstance(stored.get("text"), tfds.features.Text) and "image" not in stored:
+        return Card(sizes, {}, kind="text")
+    raise UserError(
+        f"data.source={source!r} holds neither labelled images nor text: it has "
+        f"{', '.join(stored)}."
+    )
 
 
-def num_examples(source: str, split: str, *, declared: int | None = None) -> int:
-    """Examples of `split`, which may be a TFDS slice such as `train[:90%]`.
-
-    `declared`, if given, wins over the card: for a set whose size the card does not know.
-    """
-    if declared is not None:
-        return declared
-    sizes = card(source).splits
+def split_ranges(source: str, split: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """[(split, start, stop)] of a TFDS slice such as `train[:90%]`, in splits of known `sizes`."""
     infos = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[count], num_bytes=0)
         for name, count in sizes.items()
     }
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-        ends = [(p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts]
-        count = sum(end - start for start, end in ends)
+        ranges = [
+            (p.splitname, p.from_ or 0, sizes[p.splitname] if p.to is None else p.to) for p in parts
+        ]
     except (KeyError, ValueError, AssertionError) as error:
         raise _no_split(source, split, sizes) from error
+    count = sum(stop - start for _, start, stop in ranges)
     if count < 1:
         raise UserError(f"{source} has no split {split!r} with examples in it: {count} are left.")
-    return count
+    return ranges
 
 
-def open_reader(source: str, split: str, *, expected: int):
+def num_examples(source: str, split: str, *, declared: int | None = None) -> int:
+    """Examples of `split`, which may be a TFDS slice such as `train[:90%]`; of text, documents.
+
+    `declared`, if given, wins over the card: for a set whose size the card does not know.
+    """
+    if declared is not None:
+        return declared
+    return sum(stop - start for _, start, stop in split_ranges(source, split, card(source).splits))
+
+
+def open_reader(source: str, split: str, *, expected: int | None = None):
     """A random-access reader of `split`, from disk; `digits` are prepared at first use.
 
     Raises `UserError` if the set is not on disk or does not hold `expected` examples.
     """
+    if source.partition(":")[0] in TABLES:
+        reader = _open_table(source, split)
+    elif source == "captioned_digits":
+        reader = captions.CaptionedDigits(open_reader("digits", split))
+    else:
+        reader = _open_prepared(source, split)
+    if expected is not None and len(reader) != expected:
+        raise UserError(
+            f"{source} {split} holds {len(reader)} examples where {expected} were expected: "
+            "the files are not those of the card; prepare the set again, or set data.*_examples."
+        )
+    return reader
+
+
+class Documents:
+    """The field `text` of a TFDS set as documents."""
+
+    def __init__(self, reader, identity: str):
+        self._reader, self.identity = reader, identity
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, i: int) -> bytes:
+        return self._reader[i]["text"]
+
+
+def open_documents(source: str, split: str) -> Documents | stdlib.Documents:
+    """The documents of a set of text; those of the standard library are opened when read."""
+    if source == "stdlib_text":
+        files = stdlib.files()
+        ranges = split_ranges(source, split, card(source).splits)
+        return stdlib.Documents([f for name, a, b in ranges for f in files[name][a:b]])
+    reader = _open_prepared(source, split)
+    return Documents(reader, f"{_builder(source).info.full_name} {split} {len(reader)}")
+
+
+def _open_table(source: str, split: str) -> Arrays:
+    splits = table(source).splits
+    ranges = split_ranges(source, split, _card_of_table(table(source)).splits)
+    return Arrays(
+        {
+            leaf: np.concatenate([splits[name][leaf][start:stop] for name, start, stop in ranges])
+            for leaf in splits[ranges[0][0]]
+        }
+    )
+
+
+def _open_prepared(source: str, split: str):
     if source == "digits":
         _prepare(source)
     builder = _builder(source)
     try:
-        reader = builder.as_data_source(split=split)
+        return builder.as_data_source(split=split)
     except (tfds.core.DatasetNotFoundError, AssertionError, FileNotFoundError) as error:
         raise _missing(source) from error
     except (KeyError, ValueError) as error:
@@ -134,36 +233,11 @@ def open_reader(source: str, split: str, *, expected: int):
             f"{source} lies on disk in a format without random access: prepare it again with "
             f"file_format='array_record' ({' '.join(str(error).split())})"
         ) from error
-    if len(reader) != expected:
-        raise UserError(
-            f"{source} {split} holds {len(reader)} examples where {expected} were expected: "
-            "the files are not those of the card; prepare the set again, or set data.*_examples."
-        )
-    return reader
-
-
-class InMemory:
-    """A reader decoded once: `arrays[name][i]` are the examples."""
-
-    def __init__(self, reader, names: tuple[str, ...]):
-        examples = [reader[i] for i in range(len(reader))]
-        self.arrays = {name: np.stack([e[name] for e in examples]) for name in names}
-        self._len = len(examples)
-
-    def __len__(self) -> int:
-        return self._len
-
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {name: array[i] for name, array in self.arrays.items()}
-
-
-def nbytes(spec: Mapping[str, jax.ShapeDtypeStruct], examples: int) -> int:
-    """Decoded size of `examples` examples, in bytes."""
-    return examples * sum(s.size * s.dtype.itemsize for s in spec.values())
 
 
 def _embedded() -> str:
-    return " or ".join(name for name in CARDS if not name.startswith("tfds:"))
+    names = [name for name in CARDS if not name.startswith("tfds:")]
+    return ", ".join([*names, *TABLES, "stdlib_text"])
 
 
 def _builder(source: str) -> tfds.core.DatasetBuilder:
@@ -176,8 +250,11 @@ def _builder(source: str) -> tfds.core.DatasetBuilder:
         for folder in (str(data_dir()), None):
             with contextlib.suppress(tfds.core.DatasetNotFoundError):
                 return tfds.core.read_only_builder.builder_from_files(name, data_dir=folder)
-        return tfds.builder(name)
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what `_missing` says
+            return tfds.builder(name)
     except Exception as error:  # a builder is other people's code: it may raise anything
+        if "No module named 'tensorflow'" in str(error):
+            raise _missing(source) from error
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"TFDS knows no data set {name!r} that could be read, and {data_dir()} holds none of "
@@ -205,7 +282,7 @@ def _prepare(source: str) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # a second's work needs no log
     if _builder(source).is_prepared():
         return
-    with _locked(data_dir()):
+    with locked(data_dir()):
         # A builder reads the folder when it is made, so it has to be made under the lock.
         builder = _builder(source)
         if not builder.is_prepared():
@@ -214,17 +291,3 @@ def _prepare(source: str) -> None:
                 builder.download_and_prepare(
                     download_config=tfds.download.DownloadConfig(compute_stats="skip")
                 )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"The data folder {folder} cannot be written ({error.strerror}): set LSDL_DATA_DIR."
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -6,15 +6,29 @@ Shape letters: B batch, D any feature dim, HWIO the dims of a convolution kernel
 
 import contextlib
 import contextvars
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+from jax.sharding import PartitionSpec
 
 Dtype = jnp.dtype
 lecun_normal = nn.initializers.lecun_normal()
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "elu": nn.elu,
+    "tanh": nn.tanh,
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": nn.gelu,  # the tanh approximation (Hendrycks and Gimpel 2016, section 2)
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # their sigmoid approximation; CLIP's
+}
 
 _rows: contextvars.ContextVar = contextvars.ContextVar("rows", default=None)
 
@@ -36,11 +50,14 @@ def example_rows(rows_B: jax.Array) -> Iterator[None]:
 class Dropout(nn.Module):
     """Dropout whose masks depend on the key and on an example's row in the global batch alone.
 
+    `whole` drops an example's features together: a residual branch that is skipped at random
+    (stochastic depth, Huang et al. 2016).
     Source: Srivastava et al. 2014, with the inverted scaling 1 / (1 - rate).
     """
 
     rate: float
     train: bool
+    whole: bool = False
 
     @nn.compact
     def __call__(self, x_BD):
@@ -49,7 +66,8 @@ class Dropout(nn.Module):
         rows_B = _rows.get()
         rows_B = jnp.arange(len(x_BD)) if rows_B is None else rows_B
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), rows_B)
-        draw = lambda key: jax.random.bernoulli(key, 1.0 - self.rate, x_BD.shape[1:])  # noqa: E731
+        shape = (1,) * (x_BD.ndim - 1) if self.whole else x_BD.shape[1:]
+        draw = lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape)  # noqa: E731
         return jnp.where(jax.vmap(draw)(keys_B), x_BD / (1.0 - self.rate), 0).astype(x_BD.dtype)
 
 
@@ -59,16 +77,33 @@ def dense(
     *,
     dtype: Dtype,
     name: str,
+    bias: bool = True,
     kernel_init: Callable = lecun_normal,
+    bias_init: Callable = nn.initializers.zeros,
 ) -> nn.Dense:
     """A dense layer over the last dim; `axes` names the kernel's input and output dims."""
     return nn.Dense(
         features,
+        use_bias=bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, tuple(axes)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, tuple(axes[1:])),
+        bias_init=nn.with_logical_partitioning(bias_init, tuple(axes[1:])),
         name=name,
     )
+
+
+def _convolve_rows(x_BHWD: jax.Array, kernel_HWIO: jax.Array, *args, **kwargs) -> jax.Array:
+    """`lax.conv_general_dilated`, each device on its own rows of the batch with the whole kernel.
+
+    Left to itself, XLA's partitioner (jax 0.10.2) multiplies the kernel's gradient by the number of
+    devices that see the same rows, or aborts, where the convolution has groups.
+    """
+    convolve = lambda x, kernel: lax.conv_general_dilated(x, kernel, *args, **kwargs)  # noqa: E731
+    rows = nn.logical_to_mesh_axes(("batch", None, None, None))
+    if rows[0] is None or jax.sharding.get_abstract_mesh().empty:
+        return convolve(x_BHWD, kernel_HWIO)
+    local = jax.shard_map(convolve, in_specs=(rows, PartitionSpec()), out_specs=rows)
+    return local(x_BHWD, kernel_HWIO)
 
 
 def conv(
@@ -78,28 +113,37 @@ def conv(
     dtype: Dtype,
     name: str,
     stride: int = 1,
+    groups: int = 1,
     bias: bool = True,
     axes: Sequence[str] = ("conv_in", "conv_out"),
     kernel_init: Callable = he_normal,
-    padding: str | int = "SAME",
+    bias_init: Callable = nn.initializers.zeros,
+    padding: str | int | Sequence[tuple[int, int]] = "SAME",
 ) -> nn.Conv:
-    """A square convolution; `axes` names the kernel's input and output channels."""
+    """A square convolution; `axes` names the kernel's input and output channels.
+
+    With `groups`, each group of outputs sees its own share of the inputs; as many groups as inputs
+    is a depthwise convolution.
+    """
     return nn.Conv(
         features,
         (size, size),
         strides=stride,
         padding=padding,
+        feature_group_count=groups,
+        conv_general_dilated=_convolve_rows if groups > 1 else None,
         use_bias=bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, (None, None, *axes)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes[-1],)),
+        bias_init=nn.with_logical_partitioning(bias_init, (axes[-1],)),
         name=name,
     )
 
 
-def layer_norm(*, dtype: Dtype, name: str) -> nn.LayerNorm:
+def layer_norm(*, dtype: Dtype, name: str, eps: float = 1e-6) -> nn.LayerNorm:
     """Layer normalisation over the last dim, statistics in float32 (Ba et al. 2016)."""
     return nn.LayerNorm(
+        epsilon=eps,
         dtype=dtype,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
@@ -107,7 +151,26 @@ def layer_norm(*, dtype: Dtype, name: str) -> nn.LayerNorm:
     )
 
 
-def batch_norm(*, train: bool, axis_name, dtype: Dtype, name: str) -> nn.BatchNorm:
+def rms_norm(*, dtype: Dtype, name: str, eps: float = 1e-6) -> nn.RMSNorm:
+    """Division by the root mean square over the last dim (Zhang and Sennrich 2019, eq. 4)."""
+    return nn.RMSNorm(
+        epsilon=eps,
+        dtype=dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+        name=name,
+    )
+
+
+def batch_norm(
+    *,
+    train: bool,
+    axis_name: str | None,
+    dtype: Dtype,
+    name: str,
+    eps: float = 1e-5,
+    momentum: float = 0.9,
+    scale_init: Callable = nn.initializers.ones,
+) -> nn.BatchNorm:
     """Batch normalisation over the **global** batch (Ioffe and Szegedy 2015).
 
     Under `jit` the mean of a sharded batch is global already; under manual axes (`shard_map`,
@@ -115,10 +178,57 @@ def batch_norm(*, train: bool, axis_name, dtype: Dtype, name: str) -> nn.BatchNo
     """
     return nn.BatchNorm(
         use_running_average=not train,
-        momentum=0.9,
+        momentum=momentum,
+        epsilon=eps,
         axis_name=axis_name if train else None,
         dtype=dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("conv_out",)),
+        scale_init=nn.with_logical_partitioning(scale_init, ("conv_out",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
         name=name,
     )
+
+
+def group_norm(
+    groups: int, *, dtype: Dtype, name: str, scale_init: Callable = nn.initializers.ones
+) -> nn.GroupNorm:
+    """Normalisation of an image's channels in `groups`, over all its positions (Wu and He 2018)."""
+    return nn.GroupNorm(
+        num_groups=groups,
+        epsilon=1e-5,
+        dtype=dtype,
+        scale_init=nn.with_logical_partitioning(scale_init, ("conv_out",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
+        name=name,
+    )
+
+
+def image_norm(
+    kind: str, channels: int, *, train: bool, axis_name: str | None, **fields
+) -> nn.BatchNorm | nn.GroupNorm:
+    """The normalisation `kind` of an image's channels: batch, group, or layer (one group).
+
+    32 groups as in Wu and He 2018; fewer where a group would not have two channels.
+    """
+    if kind == "batch":
+        return batch_norm(train=train, axis_name=axis_name, **fields)
+    groups = {"group": math.gcd(32, max(1, channels // 2), channels), "layer": 1}[kind]
+    return group_norm(groups, **fields)
+
+
+class SqueezeExcite(nn.Module):
+    """Each channel times a gate in (0, 1) that is computed from all channels' means.
+
+    `(B, H, W, D) -> (B, H, W, D)`. Source: Hu et al. 2018, equations 2 to 4.
+    """
+
+    reduced: int
+    activation: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x_BHWD):
+        axes = ("conv_in", "conv_out")
+        reduce = dense(self.reduced, axes, dtype=self.dtype, name="reduce")
+        expand = dense(x_BHWD.shape[-1], axes, dtype=self.dtype, name="expand")
+        gate_BD = expand(ACTIVATIONS[self.activation](reduce(x_BHWD.mean((1, 2)))))
+        return x_BHWD * nn.sigmoid(gate_BD)[:, None, None]

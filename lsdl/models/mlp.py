@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models import remat
-from lsdl.models.layers import Dropout, Dtype, dense
+from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype, dense
 
 
 class Hidden(nn.Module):
@@ -24,7 +24,7 @@ class Hidden(nn.Module):
     def __call__(self, x_BD):
         he = nn.initializers.he_normal()
         x_BF = dense(self.features, self.axes, dtype=self.dtype, name="dense", kernel_init=he)(x_BD)
-        x_BF = getattr(nn, self.activation)(x_BF)
+        x_BF = ACTIVATIONS[self.activation](x_BF)
         return Dropout(self.dropout, self.train)(x_BF)
 
 
@@ -32,7 +32,8 @@ class Mlp(nn.Module):
     """Any input, flattened, through `hidden` layers to logits.
 
     `(B, ...) -> (B, num_classes)`, float32. Layers alternate between the logical axes `embed` and
-    `mlp`, so that under tensor parallelism each pair needs one all-reduce.
+    `mlp`, so that under tensor parallelism each pair needs one all-reduce. `num_classes=0` returns
+    the last hidden layer.
     """
 
     hidden: tuple[int, ...]
@@ -59,5 +60,7 @@ class Mlp(nn.Module):
             )(x_BD)
             x_BD = nn.with_logical_constraint(x_BD, ("batch", axes[1]))
             axes = axes[::-1]
+        if not self.num_classes:
+            return x_BD.astype(jnp.float32)
         head = dense(self.num_classes, (axes[0], "classes"), dtype=self.dtype, name="head")
         return head(x_BD).astype(jnp.float32)

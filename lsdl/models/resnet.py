@@ -1,4 +1,4 @@
-"""The CIFAR-style residual network of 6n + 2 layers (He et al. 2016, section 4.2).
+"""Residual networks for ImageNet and for CIFAR, with skips and without (He et al. 2016).
 
 Shape letters: B batch, H height, W width, D channels, C classes.
 """
@@ -6,51 +6,117 @@ Shape letters: B batch, H height, W width, D channels, C classes.
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lsdl.errors import UserError
 from lsdl.models import remat
-from lsdl.models.layers import Dtype, batch_norm, conv, dense
+from lsdl.models.layers import Dtype, conv, dense, image_norm, lecun_normal
+
+# What the fields that are words may be.
+WORDS = {
+    "block": ("basic", "bottleneck"),
+    "stem": ("imagenet", "cifar"),
+    "shortcut": ("projection", "pad", "none"),
+    "norm": ("batch", "group", "layer"),
+}
+
+
+def _imagenet(block: str, *depths: int) -> dict:
+    return dict(depths=depths, width=64, block=block, stem="imagenet", shortcut="projection")
+
+
+# Source: He et al. 2016, table 1.
+SIZES = {
+    "18": _imagenet("basic", 2, 2, 2, 2),
+    "34": _imagenet("basic", 3, 4, 6, 3),
+    "50": _imagenet("bottleneck", 3, 4, 6, 3),
+    "101": _imagenet("bottleneck", 3, 4, 23, 3),
+    "152": _imagenet("bottleneck", 3, 8, 36, 3),
+}
+
+
+def cifar(depth: int) -> dict:
+    """The fields of the CIFAR network of 6n + 2 layers. Source: He et al. 2016, section 4.2."""
+    if depth < 8 or (depth - 2) % 6:
+        raise UserError(f"depth={depth} must be 6n + 2: 8, 14, 20, 32, 44, 56, 110.")
+    depths = ((depth - 2) // 6,) * 3
+    return dict(depths=depths, width=16, block="basic", stem="cifar", shortcut="pad")
 
 
 class ResidualBlock(nn.Module):
-    """conv-BN-relu-conv-BN plus the input; across stages the shortcut is option A.
+    """Two or three convolutions, each normalised, plus the input: `relu(shortcut(x) + f(x))`.
 
-    Option A adds no parameters: the input is subsampled and padded with zero channels.
+    Where the shape changes, the shortcut `projection` (option B) is a 1x1 convolution, and `pad`
+    (option A) subsamples and adds zero channels; `none` is a plain network's `relu(f(x))`. A
+    bottleneck has its stride in the 3x3 convolution (Goyal et al. 2017, section 5.1).
+    `zero_gamma` starts the last norm's scale at 0, and with it f.
     """
 
     features: int
     stride: int
+    bottleneck: bool
+    shortcut: str
+    norm: str
+    zero_gamma: bool
     dtype: Dtype
     train: bool
     axis_name: str | None
 
     @nn.compact
     def __call__(self, x_BHWD):
-        def norm(name):
-            return batch_norm(
-                train=self.train, axis_name=self.axis_name, dtype=self.dtype, name=name
-            )
+        narrow = self.features // 4
+        layers = (
+            ((1, narrow, 1), (3, narrow, self.stride), (1, self.features, 1))
+            if self.bottleneck
+            else ((3, self.features, self.stride), (3, self.features, 1))
+        )
+        y_BHWD = x_BHWD
+        for i, (size, features, stride) in enumerate(layers):
+            last = i == len(layers) - 1
+            start = nn.initializers.zeros if last and self.zero_gamma else nn.initializers.ones
+            y_BHWD = self._convolve(y_BHWD, features, size, stride, f"conv_{i}")
+            y_BHWD = self._normalise(y_BHWD, f"norm_{i}", scale_init=start)
+            y_BHWD = y_BHWD if last else nn.relu(y_BHWD)
+        if self.shortcut == "none":
+            return nn.relu(y_BHWD)
+        return nn.relu(self._skip(x_BHWD) + y_BHWD)
 
-        def convolve(stride, name):
-            return conv(self.features, 3, stride=stride, bias=False, dtype=self.dtype, name=name)
-
-        y_BHWD = nn.relu(norm("norm_0")(convolve(self.stride, "conv_0")(x_BHWD)))
-        y_BHWD = norm("norm_1")(convolve(1, "conv_1")(y_BHWD))
+    def _skip(self, x_BHWD):
         extra = self.features - x_BHWD.shape[-1]
-        if self.stride != 1 or extra:
+        if self.stride == 1 and not extra:
+            return x_BHWD
+        if self.shortcut == "pad":
             x_BHWD = x_BHWD[:, :: self.stride, :: self.stride]
-            x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
-        return nn.relu(x_BHWD + y_BHWD)
+            return jnp.pad(x_BHWD, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+        x_BHWD = self._convolve(x_BHWD, self.features, 1, self.stride, "shortcut")
+        return self._normalise(x_BHWD, "shortcut_norm")
+
+    def _convolve(self, x_BHWD, features, size, stride, name):
+        same = dict(padding=size // 2, bias=False, dtype=self.dtype, name=name)
+        return conv(features, size, stride=stride, **same)(x_BHWD)
+
+    def _normalise(self, x_BHWD, name, **fields):
+        mode = dict(train=self.train, axis_name=self.axis_name, dtype=self.dtype)
+        return image_norm(self.norm, x_BHWD.shape[-1], **mode, **fields, name=name)(x_BHWD)
 
 
-class CifarResNet(nn.Module):
+class ResNet(nn.Module):
     """`image (B, H, W, channels) -> logits (B, num_classes)`, float32.
 
-    Three stages of n = (depth - 2) / 6 blocks, of `width`, 2 `width` and 4 `width` channels.
-    `axis_name` is filled by the partitioner: the manual mesh axes that split the batch.
+    One stage of blocks for each of `depths`, the first of `width` channels (4 `width` where the
+    blocks are bottlenecks), each later one of twice as many at half the resolution. `SIZES` and
+    `cifar` hold the published sizes. `head_std` is that of the last layer's initial weights, 0 for
+    LeCun's. `num_classes=0` returns the pooled features. `axis_name` is filled by the partitioner:
+    the manual mesh axes that split the batch.
     """
 
-    depth: int
+    depths: tuple[int, ...]
+    width: int
     num_classes: int
-    width: int = 16
+    block: str = "basic"
+    stem: str = "imagenet"
+    shortcut: str = "projection"
+    norm: str = "batch"
+    zero_gamma: bool = False
+    head_std: float = 0.0
     dtype: Dtype = jnp.float32
     remat: str = "none"
     axis_name: str | None = None
@@ -58,20 +124,37 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
         block = remat.wrap(ResidualBlock, self.remat)
-        norm = batch_norm(train=train, axis_name=self.axis_name, dtype=self.dtype, name="stem_norm")
-        x_BHWD = image_BHWC.astype(self.dtype)
-        x_BHWD = conv(self.width, 3, bias=False, dtype=self.dtype, name="stem")(x_BHWD)
-        x_BHWD = nn.relu(norm(x_BHWD))
-        for stage in range(3):
-            for i in range((self.depth - 2) // 6):
+        x_BHWD = self._stem(image_BHWC.astype(self.dtype), train)
+        bottleneck = self.block == "bottleneck"
+        for stage, depth in enumerate(self.depths):
+            for i in range(depth):
                 x_BHWD = block(
-                    self.width * 2**stage,
+                    self.width * 2**stage * (4 if bottleneck else 1),
                     2 if stage and not i else 1,
+                    bottleneck,
+                    self.shortcut,
+                    self.norm,
+                    self.zero_gamma,
                     self.dtype,
                     train,
                     self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x_BHWD)
                 x_BHWD = nn.with_logical_constraint(x_BHWD, ("batch", None, None, None))
-        head = dense(self.num_classes, ("conv_out", "classes"), dtype=self.dtype, name="head")
-        return head(x_BHWD.mean((1, 2))).astype(jnp.float32)
+        x_BD = x_BHWD.mean((1, 2))
+        if not self.num_classes:
+            return x_BD.astype(jnp.float32)
+        start = nn.initializers.normal(self.head_std) if self.head_std else lecun_normal
+        axes = ("conv_out", "classes")
+        head = dense(self.num_classes, axes, dtype=self.dtype, name="head", kernel_init=start)
+        return head(x_BD).astype(jnp.float32)
+
+    def _stem(self, x_BHWD, train):
+        size, stride = {"imagenet": (7, 2), "cifar": (3, 1)}[self.stem]
+        same = dict(padding=size // 2, bias=False, dtype=self.dtype, name="stem")
+        x_BHWD = conv(self.width, size, stride=stride, **same)(x_BHWD)
+        mode = dict(train=train, axis_name=self.axis_name, dtype=self.dtype)
+        x_BHWD = nn.relu(image_norm(self.norm, self.width, **mode, name="stem_norm")(x_BHWD))
+        if self.stem == "cifar":
+            return x_BHWD
+        return nn.max_pool(x_BHWD, (3, 3), (2, 2), ((1, 1), (1, 1)))

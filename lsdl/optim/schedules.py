@@ -7,7 +7,7 @@ import optax
 
 from lsdl.errors import UserError, nearest
 
-NAMES = ("constant", "warmup_cosine", "step", "exponential")
+NAMES = ("constant", "warmup_cosine", "step", "exponential", "polynomial")
 
 
 def make_schedule(
@@ -16,15 +16,18 @@ def make_schedule(
     peak: float,
     total_steps: int,
     warmup_steps: int,
+    start_factor: float,
     end_factor: float,
+    power: float,
     boundaries_percent: Sequence[float],
     step_factor: float,
 ) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak` over `warmup_steps`, then the schedule `name`.
+    """Linear warm-up from `start_factor * peak` over `warmup_steps`, then the schedule `name`.
 
     warmup_cosine: half a cosine down to `end_factor * peak` (Loshchilov and Hutter 2017, eq. 5).
     step: times `step_factor` at each of `boundaries_percent` of the run. exponential: down to
-    `end_factor * peak` at the end, by the same factor each step. constant: `peak`.
+    `end_factor * peak` at the end, by the same factor each step. polynomial: the part of the run
+    that is left, to the `power`, from `peak` down to `end_factor * peak`. constant: `peak`.
     """
     if name not in NAMES:
         raise UserError(f"optim.schedule.name={name!r} is unknown; {nearest(name, NAMES)}")
@@ -44,6 +47,10 @@ def make_schedule(
                 f"optim.schedule.end_factor={end_factor} must be within (0, 1] for exponential."
             )
         after = optax.exponential_decay(peak, rest, end_factor)
+    elif name == "polynomial":
+        if power <= 0:
+            raise UserError(f"optim.schedule.power={power} must be positive.")
+        after = optax.polynomial_schedule(peak, end_factor * peak, power, rest)
     else:
         steps = [round(p / 100 * total_steps) - warmup_steps for p in boundaries_percent]
         if min(steps, default=0) < 0:
@@ -55,6 +62,5 @@ def make_schedule(
         after = optax.piecewise_constant_schedule(peak, factors)
     if warmup_steps == 0:
         return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps]
-    )
+    warmup = optax.linear_schedule(start_factor * peak, peak, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])

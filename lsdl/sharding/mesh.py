@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from lsdl.errors import UserError, nearest
 
@@ -23,6 +23,27 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     One size may be -1: it takes the devices that are left. Raises `UserError` unless the sizes'
     product is `num_devices`, so that no device is dropped silently.
     """
+    sizes = _sizes(text)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    if math.prod(sizes.values()) != num_devices:
+        raise UserError(
+            f"mesh={text!r} does not fill the {num_devices} devices there are: the sizes' product "
+            f"is {fixed}{' times any number' if free else ''}; "
+            + (f"choose one that divides {num_devices}." if free else f"make it {num_devices}.")
+        )
+    return sizes | {axis: 1 for axis in AXES if axis not in sizes}
+
+
+def num_devices(text: str) -> int:
+    """How many devices the mesh `text` is for: the sizes' product, or with a -1 all there are."""
+    sizes = _sizes(text).values()
+    return jax.device_count() if -1 in sizes else math.prod(sizes)
+
+
+def _sizes(text: str) -> dict[str, int]:
     form = "write axis=size pairs such as data=2,fsdp=-1,tensor=2."
     if not text.strip():
         raise UserError(f"mesh is empty: {form}")
@@ -38,27 +59,25 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
         sizes[axis] = int(digits) if len(digits) < 10 else 0
         if sizes[axis] == 0:
             raise UserError(f"mesh={text!r} gives {axis} the size {digits}: use 1 or more, or -1.")
-    fixed = math.prod(size for size in sizes.values() if size > 0)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise UserError(f"mesh={text!r} has -1 for {' and '.join(free)}: only one axis may.")
-    if free and num_devices % fixed == 0:
-        sizes[free[0]] = num_devices // fixed
-    if math.prod(sizes.values()) != num_devices:
-        raise UserError(
-            f"mesh={text!r} does not fill the {num_devices} devices there are: the sizes' product "
-            f"is {fixed}{' times any number' if free else ''}; "
-            + (f"choose one that divides {num_devices}." if free else f"make it {num_devices}.")
-        )
-    return sizes | {axis: 1 for axis in AXES if axis not in sizes}
+    return sizes
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `sizes` over all devices, axes in that order, the last one varying fastest."""
+def make_mesh(
+    sizes: dict[str, int], devices: Sequence[jax.Device] | int | None = None
+) -> Mesh | AbstractMesh:
+    """The mesh of `sizes` over all devices, axes in that order, the last one varying fastest.
+
+    A number in place of devices makes a mesh of none: programs can be traced on it, not run.
+    """
     types = (AxisType.Auto,) * len(sizes)
+    if isinstance(devices, int):
+        return AbstractMesh(tuple(sizes.values()), tuple(sizes), types)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many pieces the global batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsdl.errors import UserError, nearest
@@ -28,12 +28,14 @@ NAMES = ("jit", "shard_map", "pmap")
 BATCH_SPEC = P(BATCH_AXES)
 
 
-def check(name: str, mesh: Mesh) -> None:
+def check(name: str, mesh: Mesh | AbstractMesh) -> None:
     """Whether the partitioner `name` offers the layout of `mesh`."""
     if name not in NAMES:
         raise UserError(f"partitioner={name!r} is unknown; {nearest(name, NAMES)}")
     if name == "pmap" and jax.process_count() > 1:
         raise UserError("partitioner=pmap runs in one process alone: use shard_map or jit.")
+    if name == "pmap" and isinstance(mesh, AbstractMesh):
+        raise UserError("partitioner=pmap cannot be traced without its devices: use shard_map.")
     split = [axis for axis, size in mesh.shape.items() if size > 1 and axis != "data"]
     if name != "jit" and split:
         raise UserError(
@@ -140,17 +142,32 @@ class Program:
     @contextlib.contextmanager
     def _contexts(self):
         with (
-            jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext(),
+            self._on_mesh(),
             nn.logical_axis_rules(self._rules),
             jax.default_matmul_precision(self._precision),
         ):
             yield
 
+    def _on_mesh(self):
+        if isinstance(self._mesh, AbstractMesh):
+            return jax.sharding.use_abstract_mesh(self._mesh)
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+
     def __call__(self, *args):
         with self._contexts():
             return self._jitted(*args)
+
+    def eval_shape(self, *args):
+        """The shapes and types of what `args`, which may be abstract, are turned into."""
+        with self._contexts():
+            return self._jitted.eval_shape(*args)
 
     def lower(self, *args):
         """Trace and lower for `args`, which may be abstract; `.compile()` gives the executable."""
         with self._contexts():
             return self._jitted.lower(*args)
+
+    def trace(self, *args):
+        """The jaxpr for `args`, which may be abstract."""
+        with self._contexts():
+            return self._jitted.trace(*args).jaxpr.jaxpr

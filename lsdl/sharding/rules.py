@@ -45,6 +45,7 @@ class Placement:
     """How one array is split, and which of its dims a rule meant to split in vain."""
 
     path: str
+    names: tuple[str | None, ...]  # the dims' roles
     shape: tuple[int, ...]
     spec: P
     missed: str  # "" or the sentence that says which dim could not be split
@@ -99,6 +100,7 @@ def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> tuple[Any, list[Plac
         spec, missed = resolve(leaf.names, value.shape, rules, mesh)
         placement = Placement(
             jax.tree_util.keystr(keys, simple=True, separator="/"),
+            leaf.names,
             value.shape,
             spec,
             missed,

@@ -1,0 +1,140 @@
+"""Whether the fields of a model, and the sizes of a run, fit together: in the config's words.
+
+Raises `UserError` with the field, the rule and the values that would do.
+"""
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lsdl.data.dataset import Dataset
+from lsdl.errors import UserError, nearest
+from lsdl.models import alexnet, gpt, resnet, vit
+from lsdl.models.layers import ACTIVATIONS
+from lsdl.sharding import mesh as meshes
+
+CHOICES = {  # of model fields
+    "activation": tuple(ACTIVATIONS),
+    "pool": tuple(vit.CLASS_TOKENS),
+    "form": gpt.FORMS,
+    **resnet.WORDS,
+}
+POSITIVE = (
+    *("width", "num_layers", "num_heads", "mlp_dim", "patch", "embed_dim", "max_length"),
+    "group_width",
+)
+
+
+def check_ranges(model: ConfigDict) -> None:
+    for field in model:
+        name = field.removeprefix("vision_").removeprefix("text_")
+        if name in POSITIVE and model[field] < 1:
+            raise UserError(f"model.{field}={model[field]} must be at least 1.")
+    for name in ("stem", "kv_heads", "stem_multiplier", "head_std"):
+        if name in model and not isinstance(model[name], str) and model[name] < 0:
+            raise UserError(f"model.{name}={model[name]} must not be negative.")
+    for name in ("hidden", "depths", "widths"):
+        if name in model and any(not isinstance(n, int) or n < 1 for n in model[name]):
+            raise UserError(f"model.{name}={model[name]} must hold numbers of at least 1.")
+    for name, choices in CHOICES.items():
+        if name in model and isinstance(model[name], str):
+            choice(f"model.{name}", model[name], choices)
+    for name in ("dropout", "drop_path"):
+        if name in model and not 0 <= model[name] < 1:
+            raise UserError(f"model.{name}={model[name]} must be within [0, 1).")
+    _check_convnet(model)
+    if "form" in model:
+        _check_gpt(model)
+    if "vocab_padded" in model and model.vocab_padded < model.vocab_size:
+        raise UserError(
+            f"model.vocab_padded={model.vocab_padded} must be at least model.vocab_size="
+            f"{model.vocab_size}."
+        )
+
+
+def _check_convnet(model: ConfigDict) -> None:
+    for name in ("width_factor", "depth_factor"):
+        if name in model and model[name] <= 0:
+            raise UserError(f"model.{name}={model[name]} must be positive.")
+    fields = set(model)  # not all of its own if the name was changed alone, which is told later
+    if {"zero_gamma", "shortcut"} <= fields and model.zero_gamma and model.shortcut == "none":
+        raise UserError(
+            "model.zero_gamma=True needs a shortcut: without one (model.shortcut='none') nothing "
+            "comes out of a block whose last scale is 0."
+        )
+    if model.name == "alexnet" and "widths" in fields and len(model.widths) != len(alexnet.LAYERS):
+        raise UserError(f"model.widths={model.widths} must hold {len(alexnet.LAYERS)} widths.")
+    if {"depths", "widths", "group_width"} <= fields:
+        if len(model.depths) != len(model.widths):
+            raise UserError(
+                f"model.depths={model.depths} and model.widths={model.widths} must be as long as "
+                "each other: one number for each stage."
+            )
+        for width in model.widths:
+            divides("a width of model.widths", width, model.group_width, "model.group_width")
+
+
+def _check_gpt(model: ConfigDict) -> None:
+    if model.form == "gpt2" and (model.kv_heads or model.rope_theta):
+        raise UserError(
+            f"model.kv_heads={model.kv_heads} and model.rope_theta={model.rope_theta} must be 0 "
+            "for model.form=gpt2: they are of the llama form."
+        )
+    if model.form == "llama":
+        if model.rope_theta <= 0:
+            raise UserError(
+                f"model.rope_theta={model.rope_theta} must be positive for model.form=llama, whose "
+                "positions are rotary: 10000.0 is usual."
+            )
+        divides("model.width / model.num_heads", model.width // model.num_heads, 2, "rotary pairs")
+
+
+def check_divides(config: ConfigDict, mesh: Mesh, data: Dataset) -> None:
+    """The sizes that have to divide one another, in the words of the config."""
+    shards, tensor = meshes.batch_shards(mesh), mesh.shape["tensor"]
+    divides("batch_size", config.batch_size, shards * config.accum, "data x fsdp x accum")
+    model, chunk = config.model, config.loss.chunk
+    for prefix in ("", "vision_", "text_"):
+        if f"{prefix}num_heads" not in model:
+            continue
+        heads, width, mlp_dim = (f"{prefix}{n}" for n in ("num_heads", "width", "mlp_dim"))
+        divides(f"model.{heads}", model[heads], tensor, "the mesh axis tensor")
+        divides(f"model.{mlp_dim}", model[mlp_dim], tensor, "the mesh axis tensor")
+        divides(f"model.{width}", model[width], model[heads], f"model.{heads}")
+    if model.get("kv_heads"):
+        divides("model.num_heads", model.num_heads, model.kv_heads, "model.kv_heads")
+    for patch in ("patch", "vision_patch"):
+        if patch in model:
+            for size in data.features["image"].shape[:2]:
+                divides("the image's side", size, model[patch], f"model.{patch}")
+    if config.task == "contrastive":
+        if config.accum > 1:
+            raise UserError(
+                f"accum={config.accum} must be 1 for task=contrastive: its loss compares all rows "
+                "of the batch with one another, so it is no sum over microbatches."
+            )
+        rows = config.batch_size // (shards if config.partitioner != "jit" else 1)
+        if 0 < chunk < rows:
+            divides("the batch of a device", rows, chunk, "loss.chunk")
+    if "max_length" in model:
+        leaf = data.features["caption" if config.task == "contrastive" else "token"]
+        length = leaf.shape[0] - (config.task == "language")
+        if length > model.max_length:
+            raise UserError(
+                f"model.max_length={model.max_length} is shorter than the {length} tokens of an "
+                "example."
+            )
+
+
+def divides(what: str, value: int, by: int, of: str) -> None:
+    if value % by:
+        near = max(value // by, 1) * by
+        raise UserError(
+            f"{what}={value} must be divisible by {by} ({of}): the nearest that are: {near} "
+            f"and {near + by}."
+        )
+
+
+def choice(field: str, value: str, choices) -> str:
+    if value not in choices:
+        raise UserError(f"{field}={value!r} is unknown; {nearest(value, choices)}")
+    return value

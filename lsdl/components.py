@@ -1,0 +1,239 @@
+"""The parts of an experiment, each from its fields of the config: data, task, model, optimizer."""
+
+import inspect
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from lsdl import evaluators, tasks
+from lsdl import step as steps
+from lsdl.checks import choice
+from lsdl.config import from_json, template
+from lsdl.data import dataset
+from lsdl.data.dataset import SPLITS, Dataset
+from lsdl.errors import UserError, nearest
+from lsdl.models import (
+    alexnet,
+    bert,
+    clip,
+    efficientnet,
+    gpt,
+    inception,
+    mlp,
+    regnet,
+    remat,
+    resnet,
+    vit,
+)
+from lsdl.optim import chain, schedules
+from lsdl.rundir import RunDir
+from lsdl.sharding import partition
+
+MODELS = {
+    "mlp": mlp.Mlp,
+    "alexnet": alexnet.AlexNet,
+    "inception": inception.Inception,
+    "resnet": resnet.ResNet,
+    "efficientnet": efficientnet.EfficientNet,
+    "regnet": regnet.RegNet,
+    "vit": vit.Vit,
+    "gpt": gpt.Gpt,
+    "bert": bert.Bert,
+    "clip": clip.Clip,
+}
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# What each task needs of the data, and the models whose outputs it takes.
+IMAGE_MODELS = ("mlp", "vit", "resnet", "alexnet", "inception", "efficientnet", "regnet")
+TASKS = {
+    "classification": ("label", IMAGE_MODELS),
+    "regression": ("target", IMAGE_MODELS),
+    "language": ("token", ("gpt",)),
+    "masked_language": ("loss_weight", ("bert",)),
+    "contrastive": ("caption", ("clip",)),
+}
+
+
+def make_data(config: ConfigDict) -> Dataset:
+    data = config.data
+    return dataset.make(
+        data.source,
+        splits={split: data[f"{split}_split"] for split in SPLITS},
+        declared={split: data[f"{split}_examples"] for split in SPLITS},
+        mixture=data.mixture,
+        transforms=data.transforms,
+        eval_transforms=data.eval_transforms,
+        label_noise=data.label_noise,
+        tokenizer=data.tokenizer,
+        seq_len=data.seq_len,
+        segments=data.segments,
+        in_memory_mib=data.in_memory_mib,
+        seed=config.seed,
+    )
+
+
+def make_task(config: ConfigDict, data: Dataset):
+    leaf, models = TASKS[choice("task", config.task, TASKS)]
+    if leaf not in data.features:
+        raise UserError(
+            f"task={config.task} needs data with the leaf {leaf!r}, and {config.data.source} with "
+            f"its transforms has {', '.join(data.features)}."
+        )
+    if config.model.name in MODELS and config.model.name not in models:
+        raise UserError(
+            f"task={config.task} cannot train model {config.model.name}: it trains "
+            f"{', '.join(models)}."
+        )
+    loss = config.loss
+    given = {
+        "classification": dict(
+            label_smoothing=loss.label_smoothing,
+            mixup=loss.mixup,
+            distill_weight=loss.distill_weight,
+            distill_temperature=loss.distill_temperature,
+        ),
+        "language": dict(z_loss=loss.z_loss, chunk=loss.chunk),
+        "masked_language": dict(z_loss=loss.z_loss, chunk=loss.chunk),
+        "contrastive": dict(form=loss.form, chunk=loss.chunk),
+        "regression": {},
+    }[config.task]
+    for name, default in template().loss.items():
+        if name not in given and loss[name] != default and name != "form":
+            raise UserError(f"loss.{name}={loss[name]} has no meaning for task={config.task}.")
+    scaled = dict(features=data.features, mean=data.mean, std=data.std)
+    if config.task == "classification":
+        return tasks.Classification(num_classes=data.num_classes, **scaled, **given)
+    if config.task == "regression":
+        return tasks.Regression(**scaled)
+    if config.task == "contrastive":
+        choice("loss.form", loss.form, ("softmax", "sigmoid"))
+        if data.vocab_size and data.separator != data.vocab_size - 1:
+            raise UserError(
+                f"data.tokenizer={config.data.tokenizer!r} ends a caption with the token "
+                f"{data.separator}, and CLIP reads one at its largest token: use a tokenizer whose "
+                f"end of text is its last token, {data.vocab_size - 1}."
+            )
+        return tasks.Contrastive(**scaled, **given)
+    if config.model.vocab_size < data.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {data.vocab_size} "
+            f"tokens of data.tokenizer={config.data.tokenizer!r}."
+        )
+    kind = tasks.Language if config.task == "language" else tasks.MaskedLanguage
+    token_bytes = () if data.token_bytes is None else tuple(map(int, data.token_bytes))
+    padding = (0,) * (config.model.vocab_size - len(token_bytes)) if token_bytes else ()
+    return kind(data.features, config.model.vocab_size, token_bytes + padding, **given)
+
+
+def make_module(config: ConfigDict, data: Dataset) -> nn.Module:
+    """The model with the fields of its own from `config.model`, and those that lsdl fills."""
+    cls = MODELS[choice("model.name", config.model.name, MODELS)]
+    outputs = data.features["target"].shape[0] if config.task == "regression" else data.num_classes
+    filled = {
+        "num_classes": outputs,
+        "dtype": PRECISIONS[choice("precision", config.precision, PRECISIONS)],
+        "remat": choice("remat", config.remat, remat.POLICIES),
+        "axis_name": partition.manual_axis(config.partitioner),
+    }
+    parameters = inspect.signature(cls).parameters
+    own = {name for name in parameters if name not in (*filled, "parent", "name")}
+    given = {name: config.model[name] for name in config.model if name != "name"}
+    for name in given.keys() - own:
+        raise UserError(f"model {config.model.name} has no field {name!r}; {nearest(name, own)}")
+    for name in own - given.keys():
+        raise UserError(
+            f"model {config.model.name} needs model.{name}: a config leaves no default to the code."
+        )
+    return cls(**given, **{k: v for k, v in filled.items() if k in parameters})
+
+
+def checkpoints_of(run: str) -> Path | None:
+    """Where the run folder, or the converted weights, `run` has its checkpoints."""
+    if not run:
+        return None
+    folder = RunDir(run).checkpoints
+    if not folder.is_dir():
+        raise UserError(
+            f"{run!r} is no run folder and no converted weights: {folder} is not there."
+        )
+    return folder
+
+
+def make_teacher(config: ConfigDict, data: Dataset) -> nn.Module | None:
+    """The model of the run `config.teacher`, whose outputs are distilled."""
+    if bool(config.teacher) != bool(config.loss.distill_weight):
+        raise UserError(
+            f"teacher={config.teacher!r} and loss.distill_weight={config.loss.distill_weight} must "
+            "be given together."
+        )
+    if not config.teacher:
+        return None
+    stored = RunDir(checkpoints_of(config.teacher).parent).read_config()
+    if stored is None or stored["config"]["task"] != "classification":
+        raise UserError(
+            f"teacher={config.teacher!r} must be the folder of a classification run: it has "
+            f"{'no config.json' if stored is None else 'task=' + stored['config']['task']}."
+        )
+    return make_module(from_json(stored["config"]), data)
+
+
+def make_evaluators(
+    config: ConfigDict, data: Dataset, task, module: nn.Module, placed: dict
+) -> tuple:
+    """What is measured besides the loss: zero-shot accuracy for CLIP, and the probes asked for."""
+    program = lambda function: partition.program(  # noqa: E731
+        function, out_shardings=NamedSharding(placed["mesh"], P()), **placed
+    )
+    found = []
+    if config.task == "contrastive" and data.class_tokens is not None:
+        prompts = data.class_tokens[:, None]
+        classes = evaluators.make_class_features(module.apply, steps.variables_of, prompts)
+        step = evaluators.make_zero_shot_step(module.apply, steps.variables_of, task)
+        found.append(evaluators.ZeroShot(program(classes), program(step)))
+    for name in config.eval.probes:
+        choice("eval.probes", name, evaluators.PROBES)
+        if config.task != "classification" or not hasattr(module, "num_classes"):
+            raise UserError(f"eval.probes={name!r} needs a classification task.")
+        headless = module.clone(num_classes=0, parent=None)
+        step = evaluators.make_feature_step(headless.apply, steps.variables_of, task)
+        found.append(
+            evaluators.Probe(name, program(step), data.num_classes, config.eval.probe_shots)
+        )
+    return tuple(found)
+
+
+def make_schedule(config: ConfigDict, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
+    schedule = config.optim.schedule
+    return schedules.make_schedule(
+        schedule.name,
+        peak=schedule.peak,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        start_factor=schedule.start_factor,
+        end_factor=schedule.end_factor,
+        power=schedule.power,
+        boundaries_percent=schedule.boundaries_percent,
+        step_factor=schedule.step_factor,
+    )
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule):
+    optim = config.optim
+    return chain.make_optimizer(
+        optim.name,
+        schedule,
+        clip_norm=optim.clip_norm,
+        weight_decay=optim.weight_decay,
+        decay_mask=optim.decay_mask,
+        trust_mask=optim.trust_mask,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        trust_coefficient=optim.trust_coefficient,
+    )

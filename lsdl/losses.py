@@ -1,0 +1,133 @@
+"""Losses that need care with memory or with who holds which rows: as sums over rows.
+
+Shape letters: B rows on this device (under `jit`: of the whole microbatch), N rows of all
+devices, L length, D embed, V vocabulary (padded), E shared embedding, c rows or positions of a
+chunk.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+Sums = dict[str, jax.Array]
+
+
+def _chunked(sums: Callable[..., Sums], chunks) -> Sums:
+    """The sum of `sums(*chunk)` over the leading dim of `chunks`.
+
+    The intermediate results of one chunk exist at a time: the backward pass makes them again.
+    """
+    _, parts = lax.scan(lambda _, chunk: (None, jax.checkpoint(sums)(*chunk)), None, chunks)
+    return jax.tree.map(lambda part: part.sum(0), parts)
+
+
+def token_cross_entropy(
+    hidden_BLD: jax.Array,
+    table_VD: jax.Array,
+    target_BL: jax.Array,
+    weight_BL: jax.Array,
+    *,
+    vocab_size: int,
+    bias_V: jax.Array | None = None,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+) -> Sums:
+    """Cross-entropy in nats of the logits `hidden @ table.T + bias`, summed with `weight_BL`.
+
+    Rows of the table from `vocab_size` on are padding and get no probability. `chunk` positions
+    of each sequence have their logits in memory at one time; 0: all. `z_loss` times the squared
+    log-partition is added to the loss (Chowdhery et al. 2022, section 5). Returns the sums `loss`,
+    `cross_entropy`, which leaves that out, and `accuracy` (the most probable token is the target).
+    """
+    table_VD = table_VD.astype(hidden_BLD.dtype)
+
+    def sums(hidden_BLD, target_BL, weight_BL) -> Sums:
+        logits_BLV = jnp.einsum(
+            "BLD,VD->BLV", hidden_BLD, table_VD, preferred_element_type=jnp.float32
+        )
+        if bias_V is not None:
+            logits_BLV += bias_V.astype(jnp.float32)[None, None]
+        logits_BLV = nn.with_logical_constraint(logits_BLV, ("batch", "length", "vocab"))
+        padding_V = jnp.arange(len(table_VD)) >= vocab_size
+        logits_BLV = jnp.where(padding_V[None, None], -1e30, logits_BLV)
+        log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+        chosen_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
+        loss_BL = log_z_BL - chosen_BL
+        correct_BL = logits_BLV.argmax(-1) == target_BL
+        return {
+            "loss": ((loss_BL + z_loss * log_z_BL**2) * weight_BL).sum(),
+            "cross_entropy": (loss_BL * weight_BL).sum(),
+            "accuracy": (correct_BL * weight_BL).sum(),
+        }
+
+    length = target_BL.shape[1]
+    if not 0 < chunk < length:
+        return sums(hidden_BLD, target_BL, weight_BL)
+    missing = -length % chunk
+
+    def split(x_BL):
+        x_BL = jnp.pad(x_BL, ((0, 0), (0, missing), *((0, 0),) * (x_BL.ndim - 2)))
+        return x_BL.reshape(len(x_BL), -1, chunk, *x_BL.shape[2:]).swapaxes(0, 1)
+
+    return _chunked(sums, jax.tree.map(split, (hidden_BLD, target_BL, weight_BL)))
+
+
+def _of_all_devices(tree):
+    """The rows of all devices, where the batch is split by hand (`shard_map`, `pmap`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
+    return lax.all_gather(tree, axes, tiled=True) if axes else tree
+
+
+def contrastive(
+    image_BE: jax.Array,
+    text_BE: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    row_B: jax.Array,
+    weight_B: jax.Array,
+    *,
+    form: str,
+    chunk: int = 0,
+) -> Sums:
+    """The loss of matching each image with its text among those of the global batch.
+
+    `form` softmax: the symmetric InfoNCE, in nats (Radford et al. 2021, figure 3). sigmoid: each
+    pair is a yes or no (Zhai et al. 2023, eq. 1). `row_B` are the rows' numbers in the global
+    batch, by which pairs are known; rows of weight 0 are neither matched nor matched against.
+    `chunk` rows have their logits in memory at one time; 0: all. Returns the sums over rows
+    `loss` and `accuracy` (the image's most similar text is its own).
+    """
+    columns = _of_all_devices((image_BE, text_BE, row_B, weight_B))
+    image_NE, text_NE, row_N, weight_N = columns
+
+    def one_way(own_BE, other_NE, row_B, weight_B):
+        logits_BN = scale * own_BE @ other_NE.T + bias
+        pair_BN = row_B[:, None] == row_N[None]
+        real_BN = jnp.broadcast_to(weight_N[None] > 0, pair_BN.shape)
+        if form == "sigmoid":
+            loss_BN = -jax.nn.log_sigmoid(jnp.where(pair_BN, logits_BN, -logits_BN))
+            loss_B = jnp.where(real_BN, loss_BN, 0).sum(1)
+        else:
+            logits_BN = jnp.where(real_BN | pair_BN, logits_BN, -1e30)
+            chosen_B = jnp.where(pair_BN, logits_BN, 0).sum(1)
+            loss_B = jax.nn.logsumexp(logits_BN, axis=1) - chosen_B
+        best_B = row_N[jnp.where(real_BN, logits_BN, -1e30).argmax(1)]
+        return (loss_B * weight_B).sum(), ((best_B == row_B) * weight_B).sum()
+
+    def sums(image_BE, text_BE, row_B, weight_B) -> Sums:
+        loss, correct = one_way(image_BE, text_NE, row_B, weight_B)
+        if form == "softmax":
+            back, _ = one_way(text_BE, image_NE, row_B, weight_B)
+            loss = (loss + back) / 2
+        return {"loss": loss, "accuracy": correct}
+
+    rows = (image_BE, text_BE, row_B, weight_B)
+    if not 0 < chunk < len(row_B):
+        return sums(*rows)
+    # Strided, so that each chunk is spread over all devices.
+    split = lambda x: x.reshape(-1, len(x) // chunk, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+    return _chunked(sums, jax.tree.map(split, rows))

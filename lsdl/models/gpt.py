@@ -1,0 +1,126 @@
+"""Decoder-only language models: GPT-2, GPT-3 and the LLaMA form.
+
+Shape letters: B batch, L length, D embed, V vocabulary (padded).
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lsdl.models.layers import Dropout, Dtype
+from lsdl.models.transformer import Stack, Style, gpt2_residual_scale, positions
+
+
+def _size(width: int, num_layers: int, num_heads: int, mlp_dim: int = 0) -> dict:
+    return dict(
+        width=width, num_layers=num_layers, num_heads=num_heads, mlp_dim=mlp_dim or 4 * width
+    )
+
+
+# Radford et al. 2019, table 2, with the head counts of the released weights.
+GPT2_SIZES = {
+    "124m": _size(768, 12, 12),
+    "350m": _size(1024, 24, 16),
+    "774m": _size(1280, 36, 20),
+    "1.5b": _size(1600, 48, 25),
+}
+# Brown et al. 2020, table 2.1; 13B has the width that its heads give, 5,120 (printed 5,140).
+GPT3_SIZES = {
+    "125m": _size(768, 12, 12),
+    "350m": _size(1024, 24, 16),
+    "760m": _size(1536, 24, 16),
+    "1.3b": _size(2048, 24, 16),
+    "2.7b": _size(2560, 32, 32),
+    "6.7b": _size(4096, 32, 32),
+    "13b": _size(5120, 40, 40),
+    "175b": _size(12288, 96, 96),
+}
+# Touvron et al. 2023 (LLaMA 2), table 1 and section 2.2, and Grattafiori et al. 2024 (Llama 3),
+# table 3. 110m is ours, for one device.
+LLAMA_SIZES = {
+    "110m": _size(768, 12, 12, 2048) | {"kv_heads": 4},
+    "1b": _size(2048, 16, 32, 8192) | {"kv_heads": 8},
+    "7b": _size(4096, 32, 32, 11008) | {"kv_heads": 32},
+    "8b": _size(4096, 32, 32, 14336) | {"kv_heads": 8},
+    "70b": _size(8192, 80, 64, 28672) | {"kv_heads": 8},
+}
+FORMS = ("gpt2", "llama")
+
+
+class Gpt(nn.Module):
+    """`token (B, L) int32[, segment (B, L)] -> (hidden (B, L, D), table (V, D))`.
+
+    The logits are `hidden @ table.T`: the task makes them, whole or in pieces.
+    `form` gpt2: learned positions, LayerNorm, biases (Radford et al. 2019). llama: rotary
+    positions, RMSNorm, a gated MLP, grouped-query attention, no biases (Touvron et al. 2023).
+    `segment`, if given, keeps attention and positions within each document (0 is padding).
+    `vocab_padded` rows of the table are a multiple of what the mesh splits; those from
+    `vocab_size` on stand for nothing. `tied`: the embedding is the output table too.
+    """
+
+    form: str
+    vocab_size: int
+    vocab_padded: int
+    max_length: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    kv_heads: int = 0
+    rope_theta: float = 10_000.0
+    activation: str = "gelu_tanh"
+    norm_eps: float = 1e-5
+    tied: bool = True
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    remat: str = "none"
+    scan_layers: bool = False
+
+    def style(self) -> Style:
+        if self.form == "gpt2":
+            scale = gpt2_residual_scale(self.num_layers)
+            return Style(
+                self.activation, self.norm_eps, causal=True, init_std=0.02, residual_scale=scale
+            )
+        return Style(
+            self.activation,
+            self.norm_eps,
+            causal=True,
+            norm="rms",
+            gated=True,
+            bias=False,
+            kv_heads=self.kv_heads,
+            rope_theta=self.rope_theta,
+            init_std=0.02,
+        )
+
+    @nn.compact
+    def __call__(self, token_BL, segment_BL=None, *, train: bool):
+        style = self.style()
+
+        def table(name, rows, role):
+            boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), (role, "embed"))
+            return self.param(name, boxed, (rows, self.width))
+
+        embedding_VD = table("embedding", self.vocab_padded, "vocab")
+        x_BLD = embedding_VD.astype(self.dtype)[token_BL]
+        if self.form == "gpt2":
+            position_LD = table("position", self.max_length, "length").astype(self.dtype)
+            if segment_BL is None:
+                x_BLD = x_BLD + position_LD[None, : token_BL.shape[1]]
+            else:
+                x_BLD = x_BLD + position_LD[positions(segment_BL)]
+        x_BLD = Dropout(self.dropout, train)(x_BLD)
+        x_BLD = Stack(
+            self.num_layers,
+            self.num_heads,
+            self.mlp_dim,
+            self.dropout,
+            self.dtype,
+            style,
+            self.remat,
+            self.scan_layers,
+            name="stack",
+        )(x_BLD, segment_BL, train=train)
+        hidden_BLD = style.make_norm("norm", self.dtype)(x_BLD)
+        output_VD = embedding_VD if self.tied else table("output", self.vocab_padded, "vocab")
+        return hidden_BLD, output_VD

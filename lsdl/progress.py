@@ -1,0 +1,66 @@
+"""The progress bar of a long job, and its clock: both leave pauses out."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+
+class Progress:
+    """Steps `first` to `last` of the job `name`, shown on stderr unless `silent`.
+
+    What happens within `pause` counts neither as time spent nor in the bar's rate and ETA.
+    """
+
+    def __init__(self, first: int, last: int, name: str, *, silent: bool):
+        self._bar = tqdm(
+            total=last,
+            initial=first,
+            desc=name,
+            unit="step",
+            disable=silent,
+            file=sys.stderr,
+            mininterval=0.2 if sys.stderr.isatty() else 5.0,
+            dynamic_ncols=True,
+        )
+        self._first = self._lap_step = first
+        self._start = self._lap_start = time.perf_counter()
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def show(self, **values: str) -> None:
+        """Put `values` behind the bar when it is drawn next."""
+        self._bar.set_postfix(**values, refresh=False)
+
+    def lap(self, step: int) -> float:
+        """Seconds per step since the last call, at `step`."""
+        now = time.perf_counter()
+        seconds = (now - self._lap_start) / max(step - self._lap_step, 1)
+        self._lap_start, self._lap_step = now, step
+        return max(seconds, 1e-9)
+
+    def running_s(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)
+
+    @contextlib.contextmanager
+    def pause(self, state: Any) -> Iterator[None]:
+        """Stop the clock, once the steps that make `state` are done: they count as running."""
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            paused = time.perf_counter() - began
+            self._start += paused
+            self._lap_start += paused
+            if not self._bar.disable:
+                self._bar.start_t += paused
+                self._bar.last_print_t += paused
+
+    def close(self) -> None:
+        self._bar.close()
