@@ -104,6 +104,11 @@ def make_task(config: ConfigDict, data: Dataset):
     for name, default in template().loss.items():
         if name not in given and loss[name] != default and name != "form":
             raise UserError(f"loss.{name}={loss[name]} has no meaning for task={config.task}.")
+    if "vocab_size" in config.model and config.model.vocab_size < data.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {data.vocab_size} "
+            f"tokens of data.tokenizer={config.data.tokenizer!r}."
+        )
     scaled = dict(features=data.features, mean=data.mean, std=data.std)
     if config.task == "classification":
         return tasks.Classification(num_classes=data.num_classes, **scaled, **given)
@@ -118,11 +123,6 @@ def make_task(config: ConfigDict, data: Dataset):
                 f"end of text is its last token, {data.vocab_size - 1}."
             )
         return tasks.Contrastive(**scaled, **given)
-    if config.model.vocab_size < data.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {data.vocab_size} "
-            f"tokens of data.tokenizer={config.data.tokenizer!r}."
-        )
     kind = tasks.Language if config.task == "language" else tasks.MaskedLanguage
     token_bytes = () if data.token_bytes is None else tuple(map(int, data.token_bytes))
     padding = (0,) * (config.model.vocab_size - len(token_bytes)) if token_bytes else ()

@@ -22,8 +22,8 @@ def curve(config, *, devices=8, steps=20, noise=False, fast=True):
     `fast` compiles in a hurry; loops then run too slowly to pay.
     """
     experiment = build(config, devices=jax.devices()[:devices])
-    state = drawn_state(experiment) if noise else jax.tree.map(jnp.copy, _start(_alone(config)))
-    state = jax.device_put(state, experiment.shardings)
+    start = drawn_state(experiment) if noise else _start(_alone(config), fast)
+    state = jax.device_put(jax.tree.map(jnp.copy, start), experiment.shardings)
     step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
     step = step.compile(compiler_options=FAST if fast and (noise or config.accum == 1) else None)
     batches = _noise(experiment, steps) if noise else experiment.train_loader().batches(0, steps)
@@ -43,10 +43,11 @@ def _alone(config):
     return FrozenConfigDict(alone)
 
 
-@functools.lru_cache(maxsize=4)
-def _start(config):
+@functools.lru_cache(maxsize=8)
+def _start(config, fast):
     # One device's start for all: one compilation, and that each mesh starts alike is a test's own.
-    return build(config, devices=jax.devices()[:1]).init()
+    init = build(config, devices=jax.devices()[:1]).init
+    return init.lower().compile(compiler_options=FAST if fast else None)()
 
 
 def drawn_state(experiment):

@@ -244,6 +244,7 @@ TASK_CASES = {
     "classification by clip": (CLIP, ["task=classification"], ["model clip", "mlp, vit"]),
     "masks without a mask": (GPT, ["task=masked_language"], ["'loss_weight'", "transforms"]),
     "small vocabulary": (GPT, ["model.vocab_size=200"], ["vocab_size=200", "257", "'bytes'"]),
+    "small vocabulary of captions": (CLIP, ["model.vocab_size=200"], ["vocab_size=200", "257"]),
     "small table": (GPT, ["model.vocab_padded=100"], ["vocab_padded=100", "vocab_size=257"]),
     "short positions": (GPT, ["model.max_length=64"], ["max_length=64", "128 tokens"]),
     "short captions": (CLIP, ["model.max_length=16"], ["max_length=16", "32 tokens"]),

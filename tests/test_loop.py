@@ -122,3 +122,27 @@ def test_every_row_of_a_run_is_there_once(train, tmp_path):
         [("train", step) for step in range(1, 21)]
         + [("valid", 10), ("valid", 20), ("train_eval", 20), ("test", 20)]
     )
+
+
+def test_a_language_run_counts_tokens_and_measures_perplexity(train, tmp_path):
+    tiny = ("model.width=16", "model.num_heads=8", "model.num_layers=1", "model.mlp_dim=16")
+    tiny += ("data.seq_len=16", "batch_size=16", "total_steps=2", "log.tensorboard=false")
+    overrides = (f"--config.{override}" for override in tiny)
+    code, out, _ = train("stdlib_gpt:smoke", f"--workdir={tmp_path / 'run'}", *overrides)
+    assert code == 0
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    for row in rows:
+        assert row["perplexity"] == pytest.approx(np.exp(row["cross_entropy"]), rel=1e-6)
+        bits = row["cross_entropy"] / np.log(2) / row["bytes"]
+        assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    first, second = (row for row in rows if row["split"] == "train")
+    assert (first["examples_seen"], first["tokens_seen"]) == (16, 16 * 16)
+    assert (second["examples_seen"], second["tokens_seen"]) == (32, 32 * 16)
+    assert second["tokens_per_s"] == pytest.approx(16 * second["examples_per_s"])
+    # Of 64 windows of 16 tokens, all but the documents' first ones.
+    (valid,) = (row for row in rows if row["split"] == "valid")
+    assert 64 * 14 < valid["tokens"] <= 64 * 16
+    head, *lines = (line for line in out.splitlines() if line.startswith(("split", "valid")))
+    assert head.split() == ["split", "tokens", "loss", "accuracy", "perplexity", "bits_per_byte"]
+    assert lines[0].split()[1] == f"{valid['tokens']:,}"
+    assert lines[0].split()[-1] == f"{valid['bits_per_byte']:.4f}"
