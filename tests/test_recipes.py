@@ -1,8 +1,8 @@
 """The small configs reach what their docstrings promise, judged by their last evaluation."""
 
-import json
-
 import pytest
+
+from lsdl.metrics import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +18,6 @@ def test_a_recipe_keeps_its_promise(train, tmp_path, name):
     split, metric, bound, sign = PROMISES[name]
     code, _, error = train(name, "--workdir", tmp_path / "run")
     assert code == 0, error
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    [last] = [row for row in rows if row["split"] == split][-1:]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == split]
+    [last] = rows[-1:]
     assert sign * last[metric] >= sign * bound, last
