@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +284,17 @@ def test_resnet_halves_the_image_twice():
         f"stage_{s}_block_{i}": (2, 32 // 2**s, 32 // 2**s, 4 * 2**s)
         for s, i in itertools.product(range(3), range(2))
     }
+
+
+def test_gelu_and_its_slope_are_exact():
+    """Hendrycks and Gimpel 2016, section 2: x P(X <= x); the slope by differences in float64."""
+    x = np.linspace(-9, 9, 400)
+    exact = lambda x: np.array([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x])  # noqa: E731
+    slope = (exact(x + 1e-6) - exact(x - 1e-6)) / 2e-6
+    found, back = jit(jax.vmap(jax.value_and_grad(layers.gelu)))(np.float32(x))
+    np.testing.assert_allclose(found, exact(x), rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(back, slope, rtol=1e-5, atol=2e-6)
+    assert layers.ACTIVATIONS["gelu"](jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 # --- rematerialisation -------------------------------------------------------------------
