@@ -24,6 +24,7 @@ from lsdl.config import duration_steps, from_json
 from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.errors import UserError
+from lsdl.planner import tree
 from lsdl.sharding import mesh as meshes
 from lsdl.sharding import partition, rules
 from lsdl.state import Batch, TrainState
@@ -157,7 +158,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         },
         shardings=shardings,
         placements=placements,
-        num_parameters=_num_parameters(boxed.params, module),
+        num_parameters=_num_parameters(placements, module),
         init=init,
         init_from=init_from,
         teacher=teacher_weights,
@@ -214,17 +215,11 @@ def _check_data(
         check_weights(teacher, steps.as_weights(state.model_state[steps.TEACHER]))
 
 
-def _num_parameters(boxed, module: nn.Module) -> int:
+def _num_parameters(placements: Sequence[rules.Placement], module: nn.Module) -> int:
     """Parameters without the rows that only pad the vocabulary."""
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    count = 0
-    for leaf in jax.tree.leaves(boxed, is_leaf=is_box):
-        sizes = [
-            module.vocab_size if role == "vocab" else size
-            for role, size in zip(leaf.names, leaf.value.shape, strict=True)
-        ]
-        count += math.prod(sizes)
-    return count
+    sizes = [math.prod(p.shape) for p in placements if p.path.startswith("params/")]
+    padding = tree.vocabulary_padding(placements, getattr(module, "vocab_size", 0))
+    return sum(sizes) - sum(padding.values())
 
 
 def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype
-from lsdl.models.transformer import Stack, Style, positions
+from lsdl.models.transformer import Stack, Style, learned_positions, shared
 
 # Devlin et al. 2019, section 3.
 SIZES = {
@@ -52,24 +52,13 @@ class Bert(nn.Module):
         embedding_VD = table("embedding", self.vocab_padded, "vocab")
         position_LD = table("position", self.max_length, "length").astype(self.dtype)
         type_TD = table("token_type", TOKEN_TYPES, None).astype(self.dtype)
-        if segment_BL is None:
-            place_BLD = position_LD[None, : token_BL.shape[1]]
-        else:
-            place_BLD = position_LD[positions(segment_BL)]
+        place_BLD = learned_positions(position_LD, token_BL, segment_BL)
         x_BLD = embedding_VD.astype(self.dtype)[token_BL] + place_BLD + type_TD[0][None, None]
         x_BLD = style.make_norm("embed_norm", self.dtype)(x_BLD)
         x_BLD = Dropout(self.dropout, train)(x_BLD)
-        x_BLD = Stack(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            self.dropout,
-            self.dtype,
-            style,
-            self.remat,
-            self.scan_layers,
-            name="stack",
-        )(x_BLD, segment_BL, train=train)
+        x_BLD = Stack(**shared(self, Stack), style=style, name="stack")(
+            x_BLD, segment_BL, train=train
+        )
         if features:
             return x_BLD
         transform = style.make_dense(

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models.layers import Dropout, Dtype
-from lsdl.models.transformer import Stack, Style, gpt2_residual_scale, positions
+from lsdl.models.transformer import (
+    Stack,
+    Style,
+    gpt2_residual_scale,
+    learned_positions,
+    shared,
+)
 
 
 def _size(width: int, num_layers: int, num_heads: int, mlp_dim: int = 0) -> dict:
@@ -75,7 +81,7 @@ class Gpt(nn.Module):
     remat: str = "none"
     scan_layers: bool = False
 
-    def style(self) -> Style:
+    def make_style(self) -> Style:
         if self.form == "gpt2":
             scale = gpt2_residual_scale(self.num_layers)
             return Style(
@@ -95,7 +101,7 @@ class Gpt(nn.Module):
 
     @nn.compact
     def __call__(self, token_BL, segment_BL=None, *, train: bool):
-        style = self.style()
+        style = self.make_style()
 
         def table(name, rows, role):
             boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), (role, "embed"))
@@ -105,22 +111,11 @@ class Gpt(nn.Module):
         x_BLD = embedding_VD.astype(self.dtype)[token_BL]
         if self.form == "gpt2":
             position_LD = table("position", self.max_length, "length").astype(self.dtype)
-            if segment_BL is None:
-                x_BLD = x_BLD + position_LD[None, : token_BL.shape[1]]
-            else:
-                x_BLD = x_BLD + position_LD[positions(segment_BL)]
+            x_BLD = x_BLD + learned_positions(position_LD, token_BL, segment_BL)
         x_BLD = Dropout(self.dropout, train)(x_BLD)
-        x_BLD = Stack(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            self.dropout,
-            self.dtype,
-            style,
-            self.remat,
-            self.scan_layers,
-            name="stack",
-        )(x_BLD, segment_BL, train=train)
+        x_BLD = Stack(**shared(self, Stack), style=style, name="stack")(
+            x_BLD, segment_BL, train=train
+        )
         hidden_BLD = style.make_norm("norm", self.dtype)(x_BLD)
         output_VD = embedding_VD if self.tied else table("output", self.vocab_padded, "vocab")
         return hidden_BLD, output_VD

@@ -4,8 +4,10 @@ What the families differ in is data, a `Style`: there is one attention, one MLP 
 Shape letters: B batch, L length, D embed, H heads, G key-value heads, K head_dim, F mlp.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,13 @@ def positions(segment_BL: jax.Array) -> jax.Array:
     starts = segment_BL[:, 1:] != segment_BL[:, :-1]
     start_BL = jnp.pad(jnp.where(starts, index_BL[:, 1:], 0), ((0, 0), (1, 0)))
     return index_BL - jax.lax.cummax(start_BL, axis=1)
+
+
+def learned_positions(position_LD: jax.Array, token_BL: jax.Array, segment_BL=None) -> jax.Array:
+    """`(B or 1, L, D)`: each token's row of the table, by its place or by that in its segment."""
+    if segment_BL is None:
+        return position_LD[None, : token_BL.shape[1]]
+    return position_LD[positions(segment_BL)]
 
 
 def rotary(x_BLHK: jax.Array, position_BL: jax.Array, theta: float) -> jax.Array:
@@ -219,3 +228,9 @@ class Stack(nn.Module):
         for layer in range(self.num_layers):
             x_BLD, _ = block(**fields, name=f"block_{layer}")(x_BLD, mask, position_BL)
         return x_BLD
+
+
+def shared(module: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:
+    """The fields of `module` that a module of `cls` inside it has too, by the same names."""
+    names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}

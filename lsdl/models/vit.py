@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype, conv, dense, lecun_normal
-from lsdl.models.transformer import Stack, Style
+from lsdl.models.transformer import Stack, Style, shared
 
 
 def _size(patch: int, width: int, num_layers: int, num_heads: int, mlp_dim: int) -> dict:
@@ -75,17 +75,7 @@ class Encoder(nn.Module):
         if self.embed_norm:
             x_BLD = style.make_norm("embed_norm", self.dtype)(x_BLD)
         x_BLD = Dropout(self.dropout, train)(x_BLD)
-        x_BLD = Stack(
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            self.dropout,
-            self.dtype,
-            style,
-            self.remat,
-            self.scan_layers,
-            name="stack",
-        )(x_BLD, train=train)
+        x_BLD = Stack(**shared(self, Stack), style=style, name="stack")(x_BLD, train=train)
         return style.make_norm("norm", self.dtype)(x_BLD)
 
     def _patches(self, x_BHWD):
@@ -135,20 +125,7 @@ class Vit(nn.Module):
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
         x_BLD = Encoder(
-            self.patch,
-            self.width,
-            self.num_layers,
-            self.num_heads,
-            self.mlp_dim,
-            CLASS_TOKENS[self.pool],
-            self.activation,
-            self.norm_eps,
-            self.stem,
-            self.dropout,
-            self.dtype,
-            self.remat,
-            self.scan_layers,
-            name="encoder",
+            **shared(self, Encoder), class_tokens=CLASS_TOKENS[self.pool], name="encoder"
         )(image_BHWC, train=train)
         pooled_BD = x_BLD.mean(1) if self.pool == "mean" else x_BLD[:, 0]
         if not self.num_classes:
