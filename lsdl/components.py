@@ -138,6 +138,8 @@ def make_module(config: ConfigDict, data: Dataset) -> nn.Module:
         "dtype": PRECISIONS[choice("precision", config.precision, PRECISIONS)],
         "remat": choice("remat", config.remat, remat.POLICIES),
         "axis_name": partition.manual_axis(config.partitioner),
+        "attention": None,
+        "pipe": None,
     }
     parameters = inspect.signature(cls).parameters
     own = {name for name in parameters if name not in (*filled, "parent", "name")}

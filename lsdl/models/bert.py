@@ -3,6 +3,8 @@
 Shape letters: B batch, L length, D embed, V vocabulary (padded), T token types.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -40,6 +42,8 @@ class Bert(nn.Module):
     dtype: Dtype = jnp.float32
     remat: str = "none"
     scan_layers: bool = False
+    attention: Callable | None = None
+    pipe: Callable | None = None
 
     @nn.compact
     def __call__(self, token_BL, segment_BL=None, *, train: bool, features: bool = False):

@@ -3,6 +3,8 @@
 Shape letters: B batch, L length, D embed, V vocabulary (padded).
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -80,6 +82,8 @@ class Gpt(nn.Module):
     dtype: Dtype = jnp.float32
     remat: str = "none"
     scan_layers: bool = False
+    attention: Callable | None = None
+    pipe: Callable | None = None
 
     def make_style(self) -> Style:
         if self.form == "gpt2":

@@ -6,6 +6,7 @@ Shape letters: B batch, L length, D embed, H heads, G key-value heads, K head_di
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,16 @@ def rotary(x_BLHK: jax.Array, position_BL: jax.Array, theta: float) -> jax.Array
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BLHK.dtype)
 
 
+def attend(query_BLHK, key_BLGK, value_BLGK, *, causal: bool, segment_BL=None) -> jax.Array:
+    """`(B, L, H, K)`: softmax attention, within each segment if there are any."""
+    mask = None if segment_BL is None else segment_mask(segment_BL)
+    return jax.nn.dot_product_attention(
+        query_BLHK, key_BLGK, value_BLGK, mask=mask, is_causal=causal
+    )
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax in float32.
+    """Multi-head self-attention, softmax in float32. `attention`: another function than `attend`.
 
     Source: Vaswani et al. 2017, section 3.2; grouped-query form: Ainslie et al. 2023.
     """
@@ -98,9 +107,10 @@ class Attention(nn.Module):
     num_heads: int
     style: Style
     dtype: Dtype
+    attention: Callable | None = None
 
     @nn.compact
-    def __call__(self, x_BLD, mask=None, position_BL=None):
+    def __call__(self, x_BLD, segment_BL=None, position_BL=None):
         *_, length, width = x_BLD.shape
         style, head_dim = self.style, width // self.num_heads
 
@@ -117,8 +127,8 @@ class Attention(nn.Module):
         if style.rope_theta:
             query_BLHK = rotary(query_BLHK, position_BL, style.rope_theta)
             key_BLGK = rotary(key_BLGK, position_BL, style.rope_theta)
-        y_BLHK = jax.nn.dot_product_attention(
-            query_BLHK, key_BLGK, value_BLGK, mask=mask, is_causal=style.causal
+        y_BLHK = (self.attention or attend)(
+            query_BLHK, key_BLGK, value_BLGK, causal=style.causal, segment_BL=segment_BL
         )
         out = style.make_dense(
             width, ("heads", "embed"), dtype=self.dtype, name="out", residual=True
@@ -156,7 +166,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A residual block: attention, then MLP, normalised before or after.
 
-    `(carry, mask, position) -> (carry, nothing)`, the form that `nn.scan` takes.
+    `(carry, segment, position) -> (carry, nothing)`, the form that `nn.scan` takes.
     Source: Xiong et al. 2020, figure 1.
     """
 
@@ -166,9 +176,10 @@ class Block(nn.Module):
     dtype: Dtype
     style: Style
     train: bool
+    attention: Callable | None = None
 
     @nn.compact
-    def __call__(self, x_BLD, mask=None, position_BL=None):
+    def __call__(self, x_BLD, segment_BL=None, position_BL=None):
         x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "embed"))
         drop = Dropout(self.dropout, self.train)
 
@@ -178,8 +189,8 @@ class Block(nn.Module):
                 return norm(x_BLD + drop(layer(x_BLD)))
             return x_BLD + drop(layer(norm(x_BLD)))
 
-        attention = Attention(self.num_heads, self.style, self.dtype, name="attn")
-        x_BLD = residual(x_BLD, "attn_norm", lambda x_BLD: attention(x_BLD, mask, position_BL))
+        attn = Attention(self.num_heads, self.style, self.dtype, self.attention, name="attn")
+        x_BLD = residual(x_BLD, "attn_norm", lambda x_BLD: attn(x_BLD, segment_BL, position_BL))
         x_BLD = residual(x_BLD, "mlp_norm", Mlp(self.mlp_dim, self.style, self.dtype, name="mlp"))
         return nn.with_logical_constraint(x_BLD, ("batch", "length", "embed")), None
 
@@ -188,7 +199,9 @@ class Stack(nn.Module):
     """`num_layers` blocks, one after another, or as one scanned block with stacked parameters.
 
     Scanning compiles one block instead of `num_layers`; unrolled is faster on CPU. `segment_BL`,
-    if given, keeps attention within each segment.
+    if given, keeps attention within each segment. `pipe`, if given, runs the scanned blocks:
+    `pipe(blocks, params, x, segment, position) -> x`, where `blocks(params, x, segment, position)`
+    is a stack of as many blocks as `params` holds.
     """
 
     num_layers: int
@@ -199,35 +212,44 @@ class Stack(nn.Module):
     style: Style
     remat: str = "none"
     scan_layers: bool = False
+    attention: Callable | None = None
+    pipe: Callable | None = None
 
     @nn.compact
     def __call__(self, x_BLD, segment_BL=None, *, train: bool):
-        fields = dict(
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            style=self.style,
-            train=train,
-        )
+        fields = shared(self, Block) | {"train": train}
         if segment_BL is None:
-            mask, position_BL = None, jnp.arange(x_BLD.shape[1])[None]
+            position_BL = jnp.arange(x_BLD.shape[1])[None]
         else:
-            mask, position_BL = segment_mask(segment_BL), positions(segment_BL)
+            position_BL = positions(segment_BL)
         if self.scan_layers:
-            scanned = nn.scan(
-                remat.wrap(Block, self.remat, scanned=True),
-                length=self.num_layers,
-                in_axes=nn.broadcast,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            return scanned(**fields, name="blocks")(x_BLD, mask, position_BL)[0]
+            if self.pipe and not self.is_initializing():
+                params = self.variables["params"]["blocks"]
+                return self.pipe(self._run(fields), params, x_BLD, segment_BL, position_BL)
+            blocks = self._scanned(self.num_layers)(**fields, name="blocks")
+            return blocks(x_BLD, segment_BL, position_BL)[0]
         block = remat.wrap(Block, self.remat)
         for layer in range(self.num_layers):
-            x_BLD, _ = block(**fields, name=f"block_{layer}")(x_BLD, mask, position_BL)
+            x_BLD, _ = block(**fields, name=f"block_{layer}")(x_BLD, segment_BL, position_BL)
         return x_BLD
+
+    def _scanned(self, length: int):
+        return nn.scan(
+            remat.wrap(Block, self.remat, scanned=True),
+            length=length,
+            in_axes=nn.broadcast,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+
+    def _run(self, fields: dict) -> Callable:
+        def blocks(params, x_BLD, segment_BL, position_BL):
+            length = jax.tree.leaves(params)[0].shape[0]
+            module = self._scanned(length)(**fields, parent=None)
+            return module.apply({"params": params}, x_BLD, segment_BL, position_BL)[0]
+
+        return blocks
 
 
 def shared(module: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:

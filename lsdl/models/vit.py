@@ -4,6 +4,8 @@ Shape letters: B batch, H height, W width, L length (class tokens, then patches)
 N class tokens, C classes.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -55,6 +57,8 @@ class Encoder(nn.Module):
     dtype: Dtype
     remat: str
     scan_layers: bool
+    attention: Callable | None = None
+    pipe: Callable | None = None
     patch_bias: bool = True
     embed_norm: bool = False
 
@@ -121,6 +125,8 @@ class Vit(nn.Module):
     dtype: Dtype = jnp.float32
     remat: str = "none"
     scan_layers: bool = False
+    attention: Callable | None = None
+    pipe: Callable | None = None
 
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
