@@ -1,6 +1,7 @@
 """Checkpoints: orbax behind one door. Saved asynchronously, restored onto any mesh."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,14 @@ def save_weights(folder: Path, weights: dict[str, Any]) -> None:
         manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(weights)), force=True)
 
 
-def load_weights(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def load_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> dict[str, Any]:
     """The {"params", "model_state"} of the newest checkpoint, shaped and sharded as `abstract`.
 
-    What else the checkpoint holds is not read. Raises `UserError` for a folder without one, and
-    for leaves that are missing from it or have another shape.
+    Leaves whose whole name, such as `head/kernel`, `fresh` matches are left out; what else the
+    checkpoint holds is not read. Raises `UserError` for a folder without a checkpoint, and for
+    leaves that are missing from it or have another shape.
     """
+    abstract = _without(abstract, fresh)
     with _opened(folder) as manager:
         step = _fitting_step(manager, folder, abstract)
         args = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -79,10 +82,41 @@ def load_weights(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
         return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
 
 
-def check_weights(folder: Path, abstract: dict[str, Any]) -> None:
+def check_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> None:
     """Raise the `UserError` that `load_weights` would; reads no array."""
     with _opened(folder) as manager:
-        _fitting_step(manager, folder, abstract)
+        _fitting_step(manager, folder, _without(abstract, fresh))
+
+
+def merged(tree: dict, over: dict) -> dict:
+    """`tree` with the leaves that `over` has, which may be only some, in their places."""
+    return {
+        name: merged(leaf, over.get(name, {})) if isinstance(leaf, dict) else over.get(name, leaf)
+        for name, leaf in tree.items()
+    }
+
+
+def _without(weights: dict[str, Any], fresh: str) -> dict[str, Any]:
+    if not fresh:
+        return weights
+    matched = []
+
+    def prune(tree: dict, path: tuple[str, ...]) -> dict:
+        kept = {}
+        for name, leaf in tree.items():
+            if isinstance(leaf, dict):
+                inner = prune(leaf, (*path, name))
+                kept |= {name: inner} if inner else {}  # orbax takes no empty one for a full one
+            elif re.fullmatch(fresh, "/".join((*path, name))):
+                matched.append(name)
+            else:
+                kept[name] = leaf
+        return kept
+
+    kept = {part: inner for part, tree in weights.items() if (inner := prune(tree, ()))}
+    if not matched:
+        raise UserError(f"init_fresh={fresh!r} matches nothing in the model: try 'head/.*'.")
+    return kept
 
 
 def _opened(folder: Path) -> ocp.CheckpointManager:
@@ -100,7 +134,8 @@ def _fitting_step(manager: ocp.CheckpointManager, folder: Path, abstract: dict[s
         name = wrong[0]
         raise UserError(
             f"{len(wrong)} of {len(wanted)} arrays are not in {folder}/{step} as the model has "
-            f"them, the first: {name} {wanted[name]}, there {stored.get(name, 'missing')}."
+            f"them, the first: {name} {wanted[name]}, there {stored.get(name, 'missing')}. "
+            "(What init_from should not bring, init_fresh leaves out.)"
         )
     return step
 

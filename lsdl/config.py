@@ -61,6 +61,7 @@ def template() -> ConfigDict:
     config.loss.form = "softmax"  # contrastive: softmax | sigmoid
     config.loss.chunk = 0  # positions, or rows, with logits in memory at one time; 0: all
     config.init_from = ""  # a run folder or converted weights to start from
+    config.init_fresh = ""  # regex of what is not taken from there, as "head/.*"
     config.teacher = ""  # a run folder whose model is distilled
 
     config.optim = _optim()
@@ -69,6 +70,12 @@ def template() -> ConfigDict:
         _durations(config[group], "every")
     config.eval.probes = ()  # "knn", "linear": on frozen features, after training
     config.eval.probe_shots = 0  # training examples of each class that they see; 0: all
+    # Another labelled data set that probes, and zero-shot classification, are measured on.
+    config.eval.transfer_source = ""
+    config.eval.transfer_train_split = "train"
+    config.eval.transfer_test_split = "test"
+    config.eval.transfer_transforms = ()
+    config.eval.transfer_class_names = ""  # a file with a line for each class; "": as it says
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_best = 1  # by the lowest valid loss
     config.log.tensorboard = True
@@ -256,6 +263,12 @@ def validate(config: ConfigDict) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{field}={value} must be a finite number.")
     _check_tuples(actual)
+    try:
+        re.compile(actual["init_fresh"])
+    except re.error as error:
+        raise UserError(f"init_fresh={actual['init_fresh']!r} is no regex: {error}.") from error
+    if actual["init_fresh"] and not actual["init_from"]:
+        raise UserError(f"init_fresh={actual['init_fresh']!r} needs an init_from.")
     if not actual["name"]:
         raise UserError("name='' is empty: it names the run's default folder, runs/NAME.")
     for name in DURATIONS:
@@ -294,7 +307,8 @@ def validate(config: ConfigDict) -> None:
 
 def _check_tuples(actual: dict) -> None:
     """A tuple's elements have no type of their own in a ConfigDict."""
-    for field in ("data.transforms", "data.eval_transforms", "eval.probes"):
+    words = ("data.transforms", "data.eval_transforms", "eval.transfer_transforms", "eval.probes")
+    for field in words:
         if not all(isinstance(word, str) for word in actual[field]):
             raise UserError(f"{field}={actual[field]} must hold words such as 'shift:1'.")
     percents = actual["optim.schedule.boundaries_percent"]

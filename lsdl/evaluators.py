@@ -1,8 +1,8 @@
 """What is not a sum over one batch: zero-shot classification, k-NN and linear probes.
 
 An evaluator is `(state, loaders, split) -> {metric: value}`, `loaders(split)` being an evaluation
-loader. The functions of the state run on the mesh; the probes' few thousand features are
-compared on the host.
+loader. The functions of the state run on the mesh; the probes' features are compared on the host.
+`encode(variables, batch) -> (B, D)` is what a model makes of images: its features.
 Shape letters: B batch, C classes, P prompts of a class, T tokens, D features, E shared embedding,
 N training examples, M examples to be judged, k neighbours.
 """
@@ -38,12 +38,11 @@ def make_class_features(apply: Callable, variables_of: Callable, token_CPT: np.n
     return class_features
 
 
-def make_zero_shot_step(apply: Callable, variables_of: Callable, task):
+def make_zero_shot_step(encode: Callable, variables_of: Callable):
     """`zero_shot(state, class_features, batch) -> (correct, weight)`, summed over the batch."""
 
     def zero_shot(state: TrainState, class_CE: jax.Array, batch):
-        image, _ = task.inputs(batch)
-        image_BE = apply(variables_of(state), image, train=False, method="encode_image")
+        image_BE = encode(variables_of(state), batch)
         correct_B = (image_BE @ class_CE.T).argmax(1) == batch["label"]
         return (correct_B * batch["weight"]).sum(), batch["weight"].sum()
 
@@ -67,15 +66,11 @@ class ZeroShot:
         return {"zero_shot_accuracy": float(correct / weight)}
 
 
-def make_feature_step(apply: Callable, variables_of: Callable, task):
-    """`features(state, batch) -> (features (B, D), label (B,), weight (B,))`.
-
-    `apply` is that of the model without its head (`num_classes=0`).
-    """
+def make_feature_step(encode: Callable, variables_of: Callable):
+    """`features(state, batch) -> (features (B, D), label (B,), weight (B,))`."""
 
     def features(state: TrainState, batch):
-        x_BD = apply(variables_of(state), *task.inputs(batch), train=False)
-        return x_BD, batch["label"], batch["weight"]
+        return encode(variables_of(state), batch), batch["label"], batch["weight"]
 
     return features
 
@@ -94,7 +89,7 @@ class Probe:
     every_time = False  # after training
 
     def __call__(self, state: TrainState, loaders: Loaders, split: str) -> dict[str, float]:
-        train_ND, train_N = self._collect(state, loaders("train"))
+        train_ND, train_N = self._collect(state, loaders("train"), shots=self.shots)
         if self.shots:
             first = [np.flatnonzero(train_N == c)[: self.shots] for c in range(self.num_classes)]
             train_ND, train_N = (x[np.concatenate(first)] for x in (train_ND, train_N))
@@ -103,11 +98,39 @@ class Probe:
         predicted_M = predict(train_ND, train_N, test_MD)
         return {f"{self.name}_accuracy": float((predicted_M == test_M).mean())}
 
-    def _collect(self, state: TrainState, loader) -> tuple[np.ndarray, np.ndarray]:
+    def _collect(
+        self, state: TrainState, loader, *, shots: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels of all examples, or of the first ones that hold all `shots`."""
         batches = loader.batches(0, loader.num_batches)
-        parts = fetched(self.features(state, batch) for batch in batches)
-        x, label, weight = (np.concatenate(leaf) for leaf in zip(*parts, strict=True))
-        return x[weight > 0], label[weight > 0]
+        seen = np.zeros(self.num_classes, int)
+        found = []
+        for x, label, weight in fetched(self.features(state, batch) for batch in batches):
+            found.append((x[weight > 0], label[weight > 0]))
+            seen += np.bincount(found[-1][1], minlength=self.num_classes)
+            if shots and seen.min() >= shots:
+                break
+        x_ND, label_N = (np.concatenate(leaf) for leaf in zip(*found, strict=True))
+        return x_ND, label_N
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What `evaluator` finds on another data set, once, when training is over.
+
+    It comes with the test split's metrics, each as `transfer_NAME`.
+    """
+
+    evaluator: Callable
+    loaders: Loaders  # of the other set
+    every_time = False  # after training
+
+    def __call__(self, state: TrainState, loaders: Loaders, split: str) -> dict[str, float]:
+        del loaders
+        if split != "test":
+            return {}
+        found = self.evaluator(state, self.loaders, split)
+        return {f"transfer_{name}": value for name, value in found.items()}
 
 
 def nearest_neighbours(

@@ -47,6 +47,7 @@ class Experiment:
     num_parameters: int  # without the padding of vocabularies
     init: Callable[[], TrainState]  # jitted; each device makes its own shards
     init_from: Path | None  # checkpoints whose weights replace the initial ones
+    init_fresh: str  # regex of the leaves that they do not replace; "": none
     teacher: Path | None  # checkpoints of the model whose outputs are distilled
     train_step: partition.Program  # (state, batch) -> (state, metrics)
     eval_step: partition.Program  # (state, batch) -> sums
@@ -93,6 +94,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
                 f"data.{split}_split={config.data[f'{split}_split']!r} holds no examples."
             )
     task = components.make_task(config, data)
+    transfer = components.make_transfer(config, data)
     units = dict(
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
@@ -161,6 +163,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         num_parameters=_num_parameters(placements, module),
         init=init,
         init_from=init_from,
+        init_fresh=config.init_fresh,
         teacher=teacher_weights,
         train_step=train_step,
         eval_step=eval_step,
@@ -175,8 +178,26 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
             train=False,
             limit=max(2_000, counts["valid"], counts["test"]),
         ),
-        evaluators=components.make_evaluators(config, data, task, module, placed),
-        check_data=lambda: _check_data(data, init_from, teacher_weights, abstract_state),
+        evaluators=components.make_evaluators(
+            config,
+            data,
+            task,
+            module,
+            placed=placed,
+            transfer=transfer,
+            transfer_loaders=lambda split: loader(
+                transfer.reader(split),
+                spec={
+                    name: jax.ShapeDtypeStruct((batch_size, *leaf.shape), leaf.dtype)
+                    for name, leaf in transfer.features.items()
+                },
+                transforms=transfer.transforms("valid"),
+                train=False,
+            ),
+        ),
+        check_data=lambda: _check_data(
+            [data, transfer], init_from, config.init_fresh, teacher_weights, abstract_state
+        ),
         batch_size=batch_size,
         total_steps=total_steps,
         eval_every_steps=duration_steps(config.eval, "every", **units),
@@ -197,6 +218,8 @@ ALONE = {
     "init_from": "",
     "teacher": "",
     "loss.distill_weight": 0.0,
+    "eval.probes": (),
+    "eval.transfer_source": "",
 }
 
 
@@ -206,11 +229,17 @@ def reopen(fields: dict) -> Experiment:
 
 
 def _check_data(
-    data: Dataset, init_from: Path | None, teacher: Path | None, state: TrainState
+    sets: Sequence[Dataset | None],
+    init_from: Path | None,
+    init_fresh: str,
+    teacher: Path | None,
+    state: TrainState,
 ) -> None:
-    data.check()
+    for data in filter(None, sets):
+        data.check()
     if init_from:
-        check_weights(init_from, steps.as_weights(steps.variables_of(state)))
+        weights = steps.as_weights(steps.variables_of(state))
+        check_weights(init_from, weights, fresh=init_fresh)
     if teacher:
         check_weights(teacher, steps.as_weights(state.model_state[steps.TEACHER]))
 

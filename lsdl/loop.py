@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lsdl.checkpoint import Checkpoints, load_weights
+from lsdl.checkpoint import Checkpoints, load_weights, merged
 from lsdl.data.dataset import SPLITS
 from lsdl.experiment import Experiment
 from lsdl.metrics import JsonLines, TensorBoard, Writers, fetched, means, read_rows
@@ -127,9 +127,11 @@ def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> Tra
         state = state.replace(model_state={**state.model_state, TEACHER: taught})
     if experiment.init_from:
         wanted = as_weights(variables_of(abstract))
-        weights = load_weights(experiment.init_from, wanted)
-        model_state = {**state.model_state, **weights["model_state"]}
-        state = state.replace(params=weights["params"], model_state=model_state)
+        weights = load_weights(experiment.init_from, wanted, fresh=experiment.init_fresh)
+        state = state.replace(
+            params=merged(state.params, weights["params"]),
+            model_state=merged(state.model_state, weights.get("model_state", {})),
+        )
     return state
 
 
@@ -291,10 +293,16 @@ def table(outcome: Outcome, experiment: Experiment) -> str:
     named = "".join(f"{name:>{w}}" for name, w in zip(columns, width, strict=True))
     lines = [f"{'split':8}{unit:>10}{named}"]
     for split, metrics in outcome.results.items():
-        cells = [f"{metrics[n]:>{w}.4f}" for n, w in zip(columns, width, strict=True)]
-        lines.append(f"{split:8}{metrics[unit]:>10,}{''.join(cells)}")
+        cells = [
+            f"{metrics[n]:>{w}.4f}" if n in metrics else " " * w
+            for n, w in zip(columns, width, strict=True)
+        ]
+        lines.append(f"{split:8}{metrics[unit]:>10,}{''.join(cells)}".rstrip())
     train, test = outcome.results["train"], outcome.results["test"]
-    gaps = [f"{test[n] - train[n]:>+{w}.4f}" for n, w in zip(columns, width, strict=True)]
+    gaps = [
+        f"{test[n] - train[n]:>+{w}.4f}" if n in train else " " * w
+        for n, w in zip(columns, width, strict=True)
+    ]
     lines.append(f"{'gap':8}{'':>10}{''.join(gaps)}  test - train")
     facts = [f"{outcome.step:,} steps"]
     if outcome.examples_per_s:

@@ -281,8 +281,11 @@ class Contrastive:
     shown = ("accuracy",)
     spec, prepare, derive = _spec, _unchanged, _nothing
 
+    def image(self, batch: Batch) -> jax.Array:
+        return standardised(batch["image"], self.mean, self.std)
+
     def inputs(self, batch: Batch) -> tuple[jax.Array, ...]:
-        return standardised(batch["image"], self.mean, self.std), batch["caption"]
+        return self.image(batch), batch["caption"]
 
     def loss(self, outputs: tuple, batch: Batch, *, extra: Mapping | None = None) -> Loss:
         """`(image (B, E), text (B, E), scale, bias)`, features of unit length."""

@@ -138,12 +138,47 @@ def test_running_statistics_are_weights_too(load, tmp_path):
     same(start.params, weights["params"])
 
 
+def started(load, tmp_path, *fields):
+    """The first state of a run that starts from `other`, and what it would be without."""
+    fields = (*RESNET, f"init_from={tmp_path / 'other'}", *fields)
+    experiment = build(load("digits_resnet:smoke", *fields))
+    checkpoints = Checkpoints(tmp_path / "none")
+    state = loop._initial(experiment, checkpoints, 0)
+    checkpoints.close()
+    return state, experiment.init()
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
+def test_a_fresh_head_starts_anew_and_all_else_does_not(load, tmp_path, mesh):
+    """From a network of two classes: what `init_fresh` matches may have another shape there."""
+    weights = weights_of(build(load("digits_resnet:smoke", *RESNET)))
+    head = weights["params"].pop("head")
+    weights["params"]["head"] = jax.tree.map(lambda leaf: leaf[..., :2], head)
+    save_weights(tmp_path / "other" / "checkpoints", weights)
+    start, anew = started(load, tmp_path, f"mesh={mesh}", "init_fresh=head/.*")
+    same(start.params.pop("head"), anew.params["head"])
+    weights["params"].pop("head")
+    same(start.params, weights["params"])
+    same(start.model_state, weights["model_state"])
+
+
+def test_running_statistics_may_start_anew(load, tmp_path):
+    weights = weights_of(build(load("digits_resnet:smoke", *RESNET)))
+    save_weights(tmp_path / "other" / "checkpoints", weights)
+    start, anew = started(load, tmp_path, "init_fresh=batch_stats/.*")
+    same(start.params, weights["params"])
+    same(start.model_state, anew.model_state)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (("init_from={empty}",), ["no run folder", "checkpoints is not there"]),
         (("init_from={run}", "model.hidden=(16, 32)"), ["of 6 arrays", "there (16, 10)"]),
-        (("init_from={run}", "model.hidden=(16, 16, 16)"), ["there missing"]),
+        (("init_from={run}", "model.hidden=(16, 16, 16)"), ["there missing", "init_fresh"]),
+        (("init_from={run}", "init_fresh=haed/.*"), ["'haed/.*' matches nothing", "head/.*"]),
+        (("init_from={run}", "init_fresh=head/["), ["'head/[' is no regex"]),
+        (("init_fresh=head/.*",), ["needs an init_from"]),
     ],
 )
 def test_a_start_that_cannot_be_is_refused_and_leaves_no_folder(

@@ -188,7 +188,7 @@ def test_what_tasks_need_to_know():
     digits = make("digits")
     assert (digits.num_classes, digits.class_names[3]) == (10, "three")
     assert (digits.vocab_size, digits.separator, digits.token_bytes) == (0, None, None)
-    assert digits.class_tokens is None
+    assert digits.caption is None
     words = make("stdlib_text", seq_len=8)
     assert (words.vocab_size, words.separator, words.num_classes) == (257, 256, 0)
     assert words.token_bytes.tolist() == [1] * 256 + [0]
@@ -209,12 +209,13 @@ def test_mask_leaves_separators_alone():
 def test_classes_are_captions_too():
     data = make("captioned_digits", seq_len=32)
     bytes_ = text.tokenizer("bytes")
-    assert data.class_tokens.shape == (10, 32)
-    assert [bytes_.decode(row[row > 0]) for row in data.class_tokens] == [
-        f"a handwritten {name}" for name in data.class_names
-    ]
+    names = [data.prompt.format(name) for name in data.class_names]
+    assert names[3] == "a handwritten three"
+    classes = [data.caption(name) for name in names]
+    assert [bytes_.decode(row[row > 0]) for row in classes] == names
     captions = np.stack([data.reader("train")[i]["caption"] for i in range(100)])
-    for row in [*captions, *data.class_tokens]:
+    assert captions.shape == (100, 32)
+    for row in [*captions, *classes]:
         end = int(np.flatnonzero(row)[-1])
         assert row[end] == 256
         assert (row[:end] > 0).all()
@@ -237,7 +238,7 @@ def test_every_caption_of_an_image_is_an_example():
 
 def test_a_long_caption_is_cut_and_still_ends():
     data = make("captioned_digits", seq_len=4)
-    caption = data.class_tokens[3]
+    caption = data.caption("a handwritten three")
     assert caption.tolist() == [*b"a h", 256]
 
 

@@ -1,5 +1,7 @@
 """Zero-shot classification, nearest neighbours and linear probes, against brute force."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lsdl import evaluators, loop
 from lsdl.data.captions import DIGIT_NAMES
+from lsdl.errors import UserError
 from lsdl.experiment import build
 from lsdl.metrics import read_rows
 from tests.curves import drawn_state
@@ -48,20 +51,19 @@ class Loader:
         return self._batches[start:stop]
 
 
-class Task:
-    def inputs(self, batch):
-        return batch["image"], None
-
-
 # --- zero-shot ------------------------------------------------------------------------------------
 
 
 def embed(variables, x, *, train, method):
-    """A model whose text embedding is a table's row and whose image embedding is a projection."""
+    """A text's embedding is a table's row."""
     assert not train
-    if method == "encode_text":
-        return variables["table"][x[:, 0]]
-    return x @ variables["projection"]
+    assert method == "encode_text"
+    return variables["table"][x[:, 0]]
+
+
+def encode(variables, batch):
+    """An image's embedding is a projection."""
+    return batch["image"] @ variables["projection"]
 
 
 def unit(x):
@@ -81,7 +83,7 @@ def test_class_features_are_the_mean_of_the_prompts_of_unit_length():
 def test_zero_shot_picks_the_nearest_class_name():
     x, label = clusters(21, seed=1)
     classes = evaluators.make_class_features(embed, lambda state: state, PROMPTS)
-    step = evaluators.make_zero_shot_step(embed, lambda state: state, Task())
+    step = evaluators.make_zero_shot_step(encode, lambda state: state)
     evaluate = evaluators.ZeroShot(classes, step)
     found = evaluate(VARIABLES, {"valid": Loader(x, label)}.get, "valid")
     similar = x @ VARIABLES["projection"] @ np.array(classes(VARIABLES)).T
@@ -169,7 +171,69 @@ def test_shots_are_the_first_examples_of_each_class(shots):
     assert found == {"knn_accuracy": pytest.approx(expected, abs=1e-9)}
 
 
+def test_shots_stop_reading_once_they_are_all_there():
+    (x, label), test = clusters(400, seed=1), clusters(37, seed=2)
+    read = []
+
+    class Counted(Loader):
+        def batches(self, start, stop):
+            for batch in super().batches(start, stop):
+                read.append(len(batch["label"]))
+                yield batch
+
+    evaluate = evaluators.Probe("knn", lambda _, b: (b["image"], b["label"], b["weight"]), 4, 2)
+    found = evaluate(None, {"train": Counted(x, label), "test": Loader(*test)}.get, "test")
+    assert found == probe("knn", (x, label), test, shots=2)
+    assert sum(read) < 100
+
+
+def test_transfer_is_measured_on_its_own_loaders_with_the_test_split():
+    one, other = clusters(61, seed=1), clusters(37, seed=2)
+    inner = evaluators.Probe("knn", lambda _, b: (b["image"], b["label"], b["weight"]), CLASSES)
+    theirs = {"train": Loader(*one), "test": Loader(*other)}
+    transfer = evaluators.Transfer(inner, theirs.get)
+    ours = {}  # not asked
+    assert transfer(None, ours.get, "valid") == transfer(None, ours.get, "train") == {}
+    expected = inner(None, theirs.get, "test")["knn_accuracy"]
+    assert transfer(None, ours.get, "test") == {"transfer_knn_accuracy": expected}
+
+
 # --- end to end -----------------------------------------------------------------------------------
+
+
+def transfer_to(source, *more):
+    return [f"eval.transfer_source={source}", "eval.probes=('knn', 'linear')", *more]
+
+
+def test_transfer_to_the_own_set_measures_what_the_own_probes_do(load):
+    plain = build(load("digits_mlp:smoke", "eval.probes=('knn', 'linear')"))
+    other = build(load("digits_mlp:smoke", *transfer_to("digits", "eval.probe_shots=0")))
+    state = plain.init()
+    own, found = (loop.evaluate(e, state, "test", final=True) for e in (plain, other))
+    for name in ("knn_accuracy", "linear_accuracy"):
+        assert found[f"transfer_{name}"] == own[name]
+        assert name not in found
+    assert not any("transfer" in n for n in loop.evaluate(other, state, "valid", final=True))
+
+
+PAIRS = ("eval.transfer_train_split=pairs", "eval.transfer_test_split=pairs")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["eval.transfer_source=digits"], ["measures nothing", "eval.probes"]),
+        (transfer_to("wine"), ["wine", "image (8, 8, 1)", "features (13,)"]),
+        (transfer_to("modular:7:add", *PAIRS), ["modular", "label"]),
+        (transfer_to("digits", "eval.transfer_test_split=nine"), ["nine", "train, valid, test"]),
+        (transfer_to("digits", "eval.transfer_transforms=('crop',)"), ["crop"]),
+        (transfer_to("nothing"), ["nothing", "unknown"]),
+    ],
+)
+def test_a_transfer_that_cannot_be_measured_is_refused(load, fields, words):
+    with pytest.raises(UserError) as error:
+        build(load("digits_mlp:smoke", *fields))
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_probes_of_the_digits_are_measured_at_the_end(train, tmp_path):
@@ -193,6 +257,18 @@ def test_probes_of_the_digits_are_measured_at_the_end(train, tmp_path):
     assert "linear_accuracy" in out
 
 
+def test_a_finished_run_is_judged_on_another_set(train, tmp_path):
+    run = (f"--workdir={tmp_path / 'run'}", "--config.log.tensorboard=false")
+    assert train("digits_mlp:smoke", *run)[0] == 0
+    asked = [f"--config.{field}" for field in transfer_to("digits", "eval.probe_shots=5")]
+    code, out, _ = train("digits_mlp:smoke", *run, "--eval-only", *asked)
+    assert code == 0
+    heads, *rows = out.splitlines()
+    assert heads.split()[-2:] == ["transfer_knn_accuracy", "transfer_linear_accuracy"]
+    numbers = {row.split()[0]: len(re.findall(r"\d+\.\d+", row)) for row in rows[:4]}
+    assert numbers == {"train": 2, "valid": 2, "test": 4, "gap": 2}
+
+
 def test_zero_shot_accuracy_of_the_digits_is_in_every_evaluation(load):
     tiny = [f"model.{t}_{f}" for t in ("vision", "text") for f in ("width=8", "num_layers=1")]
     experiment = build(load("digits_clip:smoke", *tiny), devices=jax.devices()[:1])
@@ -213,3 +289,35 @@ def test_zero_shot_accuracy_of_the_digits_is_in_every_evaluation(load):
     assert measured["zero_shot_accuracy"] == pytest.approx(accuracy, abs=1e-9)
     assert measured["examples"] == 270
     assert 0 < measured["accuracy"] < 1
+
+
+CLIP = [f"model.{t}_{f}" for t in ("vision", "text") for f in ("width=8", "num_layers=1")]
+
+
+def test_zero_shot_transfer_is_by_the_other_sets_names(load, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(DIGIT_NAMES))
+    reversed_ = tmp_path / "reversed.txt"
+    reversed_.write_text("\n".join(reversed(DIGIT_NAMES)))
+    measured = []
+    for file in ("", names, reversed_):
+        more = [f"eval.transfer_class_names={file}"]
+        experiment = build(load("digits_clip:smoke", *CLIP, *transfer_to("digits"), *more))
+        measured.append(loop.evaluate(experiment, drawn_state(experiment), "test", final=True))
+    by_card, by_file, by_wrong = measured
+    assert by_card["transfer_zero_shot_accuracy"] == by_card["zero_shot_accuracy"]
+    assert by_file == by_card
+    assert by_wrong["transfer_zero_shot_accuracy"] != by_card["zero_shot_accuracy"]
+    own = build(load("digits_clip:smoke", *CLIP, "eval.probes=('knn', 'linear')"))
+    found = loop.evaluate(own, drawn_state(own), "test", final=True)
+    for name in ("knn_accuracy", "linear_accuracy"):  # of images as CLIP embeds them
+        assert by_card[f"transfer_{name}"] == found[name] > 0.2
+
+
+def test_as_many_names_as_classes_are_needed(load, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo")
+    for file, words in [(names, "10 classes and 2 names"), (tmp_path / "no", "is no file")]:
+        fields = transfer_to("digits", f"eval.transfer_class_names={file}")
+        with pytest.raises(UserError, match=words):
+            build(load("digits_clip:smoke", *CLIP, *fields))

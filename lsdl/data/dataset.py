@@ -35,7 +35,8 @@ class Dataset:
     vocab_size: int  # 0: no tokens
     separator: int | None  # the token that begins a document and ends a caption
     token_bytes: np.ndarray | None  # (vocab_size,) bytes of text that each token stands for
-    class_tokens: np.ndarray | None  # (num_classes, T) int32: each class as a caption
+    prompt: str  # the caption that stands for a class, its name being {}
+    caption: Callable[[str], np.ndarray] | None  # text -> (T,) int32; None without captions
     reader: Callable[[str], Any]  # of a split: opened once and kept
     transforms: Callable[[str], Sequence[Transform]]  # of a split
     check: Callable[[], Any]  # raises UserError unless every split can be opened
@@ -115,7 +116,8 @@ def make(
         vocab_size=vocab_size,
         separator=main.tokenizer.separator if main.tokenizer else None,
         token_bytes=_token_bytes(main, vocab_size),
-        class_tokens=main.class_tokens(),
+        prompt=main.card.prompt,
+        caption=main.caption if main.card.kind == "captions" else None,
         reader=reader,
         transforms=lambda split: train if split == "train" else evaluation,
         check=lambda: [opened(split) for split in SPLITS],

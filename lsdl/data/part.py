@@ -56,14 +56,9 @@ class Part:
             per_image=self.card.captions_per_image,
         )
 
-    def class_tokens(self) -> np.ndarray | None:
-        """(num_classes, T) int32: each class's name as a caption; None without both."""
-        if self.card.kind != "captions" or not self.card.class_names:
-            return None
-        prompts = [self.card.prompt.format(name) for name in self.card.class_names]
-        return np.stack(
-            [captions.padded(self.tokenizer, prompt, length=self.seq_len) for prompt in prompts]
-        )
+    def caption(self, text: str) -> np.ndarray:
+        """(T,) int32: `text` as this part's captions are tokenised."""
+        return captions.padded(self.tokenizer, text, length=self.seq_len)
 
     def _num_windows(self, split: str) -> int:
         if self.source != "stdlib_text" or self.tokenizer.fingerprint != "bytes":

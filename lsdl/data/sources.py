@@ -48,15 +48,41 @@ _MNIST, _CIFAR = {"train": 60_000, "test": 10_000}, {"train": 50_000, "test": 10
 _IMAGENET = {"train": 1_281_167, "validation": 50_000}
 _COCO = {"train": 82_783, "restval": 30_504, "val": 5_000, "test": 5_000}
 _VARYING = (None, None, 3)
+_CLOTHES = (
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+_THINGS = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 _RGB = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # of ImageNet's train images
-_DIGITS = _images(digits.SPLITS, (8, 8, 1), 10, (4.89,), (6.02,), class_names=captions.DIGIT_NAMES)
+_DIGITS = _images(
+    digits.SPLITS,
+    (8, 8, 1),
+    10,
+    (4.89,),
+    (6.02,),
+    class_names=captions.DIGIT_NAMES,
+    prompt=captions.DIGIT_PROMPT,
+)
 CARDS = {
     # mean and std of the train split's pixels
     "digits": _DIGITS,
-    "captioned_digits": replace(_DIGITS, kind="captions", prompt=captions.DIGIT_PROMPT),
-    "tfds:mnist": _images(_MNIST, (28, 28, 1), 10, (33.3,), (78.6,)),
-    "tfds:fashion_mnist": _images(_MNIST, (28, 28, 1), 10, (72.9,), (90.0,)),
-    "tfds:cifar10": _images(_CIFAR, (32, 32, 3), 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "captioned_digits": replace(_DIGITS, kind="captions"),
+    "tfds:mnist": _images(
+        _MNIST,
+        (28, 28, 1),
+        10,
+        (33.3,),
+        (78.6,),
+        class_names=captions.DIGIT_NAMES,
+        prompt=captions.DIGIT_PROMPT,
+    ),
+    "tfds:fashion_mnist": _images(_MNIST, (28, 28, 1), 10, (72.9,), (90.0,), class_names=_CLOTHES),
+    "tfds:cifar10": _images(
+        _CIFAR, (32, 32, 3), 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), class_names=_THINGS
+    ),
     "tfds:cifar100": _images(_CIFAR, (32, 32, 3), 100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "tfds:imagenet2012": _images(_IMAGENET, _VARYING, 1000, *_RGB),
     "tfds:coco_captions": _images(_COCO, _VARYING, 0, *_RGB, kind="captions", captions_per_image=5),
