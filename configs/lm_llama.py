@@ -37,6 +37,9 @@ def get_config(arg=None):
     config.model.form = "llama"
     config.model.vocab_size = config.model.vocab_padded = 128_256 if size in THIRD else 32_000
     config.model.max_length = config.data.seq_len
+    config.model.num_experts = 0
+    config.model.experts_per_token = 0
+    config.model.capacity_factor = 0.0
     config.model.rope_theta = 500_000.0 if size in THIRD else 10_000.0
     config.model.activation = "silu"
     config.model.norm_eps = 1e-5

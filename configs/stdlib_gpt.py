@@ -10,9 +10,10 @@ from lsdl.config import parse_arg, template
 
 
 def get_config(arg=None):
-    smoke = "smoke" in parse_arg(arg, "smoke")
+    words = parse_arg(arg, "experts", "smoke")
+    smoke, experts = "smoke" in words, "experts" in words
     config = template()
-    config.name = "stdlib_gpt_smoke" if smoke else "stdlib_gpt"
+    config.name = "_".join(["stdlib_gpt", *sorted(words)])
     config.task = "language"
     config.batch_size = 16
 
@@ -34,6 +35,15 @@ def get_config(arg=None):
     config.model.num_heads = 4
     config.model.mlp_dim = 256 if smoke else 512
     config.model.kv_heads = 0
+    config.model.num_experts = 0
+    config.model.experts_per_token = 0
+    config.model.capacity_factor = 0.0
+    if experts:  # a token meets as many parameters as without
+        config.model.mlp_dim //= 2
+        config.model.num_experts = 8
+        config.model.experts_per_token = 2
+        config.model.capacity_factor = 1.25
+        config.loss.balance = 0.01
     config.model.rope_theta = 0.0
     config.model.activation = "gelu_tanh"
     config.model.norm_eps = 1e-5

@@ -29,7 +29,7 @@ def check_ranges(model: ConfigDict) -> None:
         name = field.removeprefix("vision_").removeprefix("text_")
         if name in POSITIVE and model[field] < 1:
             raise UserError(f"model.{field}={model[field]} must be at least 1.")
-    for name in ("stem", "kv_heads", "stem_multiplier", "head_std"):
+    for name in ("stem", "kv_heads", "stem_multiplier", "head_std", "num_experts"):
         if name in model and not isinstance(model[name], str) and model[name] < 0:
             raise UserError(f"model.{name}={model[name]} must not be negative.")
     for name in ("hidden", "depths", "widths"):
@@ -86,6 +86,18 @@ def _check_gpt(model: ConfigDict) -> None:
                 "positions are rotary: 10000.0 is usual."
             )
         divides("model.width / model.num_heads", model.width // model.num_heads, 2, "rotary pairs")
+    number, each, factor = model.num_experts, model.experts_per_token, model.capacity_factor
+    if not number and (each or factor):
+        raise UserError(
+            f"model.experts_per_token={each} and model.capacity_factor={factor} must be 0 for "
+            "model.num_experts=0: they are of a mixture of experts."
+        )
+    if number and not 1 <= each <= number:
+        raise UserError(
+            f"model.experts_per_token={each} must be from 1 to model.num_experts={number}."
+        )
+    if number and factor <= 0:
+        raise UserError(f"model.capacity_factor={factor} must be positive: 1.25 is usual.")
 
 
 def check_divides(config: ConfigDict, mesh: Mesh, data: Dataset) -> None:
@@ -100,6 +112,21 @@ def check_divides(config: ConfigDict, mesh: Mesh, data: Dataset) -> None:
         divides(f"model.{heads}", model[heads], tensor, "the mesh axis tensor")
         divides(f"model.{mlp_dim}", model[mlp_dim], tensor, "the mesh axis tensor")
         divides(f"model.{width}", model[width], model[heads], f"model.{heads}")
+    number = model.get("num_experts")
+    if number:
+        divides("model.num_experts", number, mesh.shape["expert"], "the mesh axis expert")
+    if number and mesh.shape["stage"] > 1:
+        raise UserError(
+            f"model.num_experts={number} must be 0 with stage={mesh.shape['stage']} in the mesh: "
+            "a pipeline carries no balance loss; use the axis expert instead."
+        )
+    if config.loss.balance and not number:
+        raise UserError(
+            f"loss.balance={config.loss.balance} must be 0 without model.num_experts: it balances "
+            "the experts of a mixture."
+        )
+    if mesh.shape["stage"] > 1:
+        _check_stages(config, mesh)
     if model.get("kv_heads"):
         divides("model.num_heads", model.num_heads, model.kv_heads, "model.kv_heads")
     for patch in ("patch", "vision_patch"):
@@ -123,6 +150,31 @@ def check_divides(config: ConfigDict, mesh: Mesh, data: Dataset) -> None:
                 f"model.max_length={model.max_length} is shorter than the {length} tokens of an "
                 "example."
             )
+        what = "data.seq_len" if config.data.seq_len else "the tokens of an example"
+        divides(what, length, mesh.shape["sequence"], "the mesh axis sequence")
+    elif "pool" in model and "patch" in model:
+        height, width = (size // model.patch for size in data.features["image"].shape[:2])
+        length = height * width + vit.CLASS_TOKENS[model.pool]
+        what = "the image's patches and class tokens"
+        divides(what, length, mesh.shape["sequence"], "the mesh axis sequence")
+
+
+def _check_stages(config: ConfigDict, mesh: Mesh) -> None:
+    model, stages = config.model, mesh.shape["stage"]
+    of = f"the mesh axis stage={stages}"
+    fields = set(model)
+    if "scan_layers" not in fields or "num_layers" not in fields:
+        raise UserError(f"{of} needs a model of equal layers, which {model.name} is not.")
+    if not model.scan_layers:
+        raise UserError(f"{of} needs model.scan_layers=true: each stage has its part of the stack.")
+    if "dropout" in fields and model.dropout:
+        raise UserError(f"{of} needs model.dropout=0.0, not {model.dropout}.")
+    if mesh.shape["sequence"] > 1:
+        raise UserError(f"{of} and sequence={mesh.shape['sequence']} exclude one another.")
+    divides("model.num_layers", model.num_layers, stages, of)
+    rows = config.batch_size // (meshes.batch_shards(mesh) * config.accum)
+    pieces = config.pipeline_microbatches or stages
+    divides("a device's rows of a microbatch", rows, pieces, "pipeline_microbatches")
 
 
 def divides(what: str, value: int, by: int, of: str) -> None:

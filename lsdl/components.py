@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -33,7 +33,7 @@ from lsdl.models import (
 )
 from lsdl.optim import chain, schedules
 from lsdl.rundir import RunDir
-from lsdl.sharding import partition
+from lsdl.sharding import partition, pipeline, sequence
 
 MODELS = {
     "mlp": mlp.Mlp,
@@ -97,7 +97,7 @@ def make_task(config: ConfigDict, data: Dataset):
             distill_weight=loss.distill_weight,
             distill_temperature=loss.distill_temperature,
         ),
-        "language": dict(z_loss=loss.z_loss, chunk=loss.chunk),
+        "language": dict(z_loss=loss.z_loss, chunk=loss.chunk, balance=loss.balance),
         "masked_language": dict(z_loss=loss.z_loss, chunk=loss.chunk),
         "contrastive": dict(form=loss.form, chunk=loss.chunk),
         "regression": {},
@@ -130,7 +130,9 @@ def make_task(config: ConfigDict, data: Dataset):
     return kind(data.features, config.model.vocab_size, token_bytes + padding, **given)
 
 
-def make_module(config: ConfigDict, data: Dataset) -> nn.Module:
+def make_module(
+    config: ConfigDict, data: Dataset, *, mesh: Mesh | AbstractMesh | None = None
+) -> nn.Module:
     """The model with the fields of its own from `config.model`, and those that lsdl fills."""
     cls = MODELS[choice("model.name", config.model.name, MODELS)]
     outputs = data.features["target"].shape[0] if config.task == "regression" else data.num_classes
@@ -138,11 +140,21 @@ def make_module(config: ConfigDict, data: Dataset) -> nn.Module:
         "num_classes": outputs,
         "dtype": PRECISIONS[choice("precision", config.precision, PRECISIONS)],
         "remat": choice("remat", config.remat, remat.POLICIES),
-        "axis_name": partition.manual_axis(config.partitioner),
-        "attention": None,
-        "pipe": None,
+        "axis_name": mesh and (partition.manual_axes(config.partitioner, mesh) or None),
+        "attention": _make_attention(config, mesh),
+        "pipe": _make_pipe(config, mesh),
     }
     parameters = inspect.signature(cls).parameters
+    if filled["pipe"] and "pipe" not in parameters:
+        raise UserError(
+            f"mesh={config.mesh!r} has stage={mesh.shape['stage']}, and model {config.model.name} "
+            "cannot be cut into stages: give its devices to another axis."
+        )
+    if filled["attention"] and "attention" not in parameters:
+        raise UserError(
+            f"mesh={config.mesh!r} has sequence={mesh.shape['sequence']}, and model "
+            f"{config.model.name} cannot split one: give its devices to another axis."
+        )
     own = {name for name in parameters if name not in (*filled, "parent", "name")}
     given = {name: config.model[name] for name in config.model if name != "name"}
     for name in given.keys() - own:
@@ -152,6 +164,20 @@ def make_module(config: ConfigDict, data: Dataset) -> nn.Module:
             f"model {config.model.name} needs model.{name}: a config leaves no default to the code."
         )
     return cls(**given, **{k: v for k, v in filled.items() if k in parameters})
+
+
+def _make_pipe(config: ConfigDict, mesh: Mesh | AbstractMesh | None):
+    """What runs the layers in stages; None: one device has them all."""
+    stages = mesh.shape["stage"] if mesh is not None else 1
+    microbatches = config.pipeline_microbatches or stages
+    return pipeline.make_pipe(mesh, microbatches=microbatches) if stages > 1 else None
+
+
+def _make_attention(config: ConfigDict, mesh: Mesh | AbstractMesh | None):
+    """Attention over a length that `mesh` splits; None: the model's own."""
+    form = choice("sequence_attention", config.sequence_attention, sequence.FORMS)
+    split = mesh is not None and mesh.shape["sequence"] > 1
+    return sequence.make_attention(mesh, form) if split else None
 
 
 def checkpoints_of(run: str) -> Path | None:

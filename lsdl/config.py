@@ -21,13 +21,16 @@ from lsdl.errors import UserError, nearest
 UNITS = {"steps": int, "epochs": float, "examples": int, "tokens": int, "percent": float}
 DURATIONS = ("total", "optim.schedule.warmup", "eval.every", "checkpoint.every", "log.every")
 NOT_NEGATIVE = (
-    *("loss.mixup", "loss.distill_temperature", "loss.z_loss", "loss.chunk"),
+    *("loss.mixup", "loss.distill_temperature", "loss.z_loss", "loss.balance"),
+    "pipeline_microbatches",
+    "loss.chunk",
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
 )
 
 # What a resumed run may change: nothing here enters the mathematics of a step.
 RESUMABLE = re.compile(
-    r"(mesh|rules|partitioner|remat|total_\w+)$|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$"
+    r"((dcn_)?mesh|(param_)?rules|partitioner|sequence_attention|pipeline_microbatches|remat|total_\w+)$"
+    r"|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$"
 )
 
 
@@ -44,8 +47,16 @@ def template() -> ConfigDict:
     _durations(config, "total")
 
     config.mesh = "data=-1"  # ordered axes, one -1 takes the devices that are left
-    config.rules = "fsdp_tp"  # dp | fsdp | tp | fsdp_tp: logical axis -> mesh axes
+    config.dcn_mesh = ""  # as data=2: the part of mesh's sizes that crosses slices or nodes
+    # dp | zero1 | fsdp | tp | tp_sp | fsdp_tp | one_weird_trick | pp, or pairs (logical axis, mesh
+    # axis or axes) of one's own, the first that fits wins
+    config.rules = placeholder(object)
+    config.rules = "fsdp_tp"
+    # (regex, mesh axis or axes of each dim) of single parameters: these win over the rules
+    config.param_rules = ()
     config.partitioner = "jit"  # jit | shard_map | pmap
+    config.sequence_attention = "ring"  # of a length that the mesh splits: ring | gather
+    config.pipeline_microbatches = 0  # that travel through the stages; 0: as many as stages
     config.remat = "none"  # none | full | dots
 
     config.model = ConfigDict({"name": ""})  # the other fields are the model's own
@@ -58,6 +69,7 @@ def template() -> ConfigDict:
     config.loss.distill_weight = 0.0  # classification: of the teacher's part
     config.loss.distill_temperature = 0.0  # 0: the teacher's most probable class
     config.loss.z_loss = 0.0  # language
+    config.loss.balance = 0.0  # language, of a mixture of experts: each layer's balance loss
     config.loss.form = "softmax"  # contrastive: softmax | sigmoid
     config.loss.chunk = 0  # positions, or rows, with logits in memory at one time; 0: all
     config.init_from = ""  # a run folder or converted weights to start from
@@ -208,7 +220,7 @@ def _parse(text: str, kind: type):
     if kind is tuple:
         value = ast.literal_eval(text)
         return tuple(value) if isinstance(value, tuple | list) else (value,)
-    return kind(text)
+    return text if kind is object else kind(text)  # an object: the name of a rule table
 
 
 def _read(path: str) -> ConfigDict:

@@ -4,6 +4,8 @@ import sys
 
 FINISHED = 0
 BAD_INPUT = 2
+UNREACHABLE = 69  # the processes of the job did not find one another
+STUCK = 71  # no answer within the time there was for it
 LOCKED = 73
 SAVED_AND_STOPPED = 75  # SIGTERM: the state is saved, start the same command again
 INTERRUPTED = 130  # Ctrl-C: the state is saved as well
@@ -16,6 +18,12 @@ class UserError(ValueError):
     """
 
     exit_code = BAD_INPUT
+
+
+class UnreachableError(UserError):
+    """A process of the job is missing, or cannot be reached."""
+
+    exit_code = UNREACHABLE
 
 
 class LockedError(UserError):

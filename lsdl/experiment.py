@@ -25,8 +25,8 @@ from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.errors import UserError
 from lsdl.planner import tree
+from lsdl.sharding import inspect, partition, placement, rules
 from lsdl.sharding import mesh as meshes
-from lsdl.sharding import partition, rules
 from lsdl.state import Batch, TrainState
 
 
@@ -43,7 +43,8 @@ class Experiment:
     abstract_state: TrainState  # with shardings: what to restore into
     abstract_batch: Batch  # likewise, of training
     shardings: TrainState
-    placements: list[rules.Placement]
+    placements: list[placement.Placement]
+    lint: tuple[str, ...]  # what the rules did not do
     num_parameters: int  # without the padding of vocabularies
     init: Callable[[], TrainState]  # jitted; each device makes its own shards
     init_from: Path | None  # checkpoints whose weights replace the initial ones
@@ -76,9 +77,11 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     """
     devices = jax.devices() if devices is None else devices
     number = devices if isinstance(devices, int) else len(devices)
-    mesh = meshes.make_mesh(meshes.parse_mesh(config.mesh, number), devices)
+    sizes = meshes.parse_mesh(config.mesh, number)
+    mesh = meshes.make_mesh(sizes, devices, dcn=meshes.parse_dcn(config.dcn_mesh, sizes))
     partition.check(config.partitioner, mesh)
     table = rules.table(config.rules)
+    own = rules.check_param_rules(config.param_rules)
 
     data = components.make_data(config)
     counts = data.counts
@@ -107,7 +110,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
 
     checks.check_ranges(config.model)
     checks.check_divides(config, mesh, data)
-    module = components.make_module(config, data)
+    module = components.make_module(config, data, mesh=mesh)
     teacher = components.make_teacher(config, data)
     warmup_steps = duration_steps(config.optim.schedule, "warmup", **units)
     schedule = components.make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
@@ -115,8 +118,10 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
 
     make_init = steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)
     boxed = jax.eval_shape(lambda: make_init(jax.random.key(0)))
-    shardings, placements = rules.tree_shardings(boxed, mesh, table)
-    rules.check_used(mesh, placements)
+    further = dict(param_rules=own, moments=rules.moment_axes(config.rules))
+    shardings, placements = placement.tree_shardings(boxed, mesh, table, **further)
+    gradients = placement.gradient_shardings(boxed.params, mesh, table, **further)
+    placement.check_used(mesh, placements, table)
     abstract_state = with_shardings(nn.unbox(boxed), shardings)
     init_from, teacher_weights = map(components.checkpoints_of, (config.init_from, config.teacher))
     batch_sharding = NamedSharding(mesh, partition.BATCH_SPEC)
@@ -130,6 +135,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         steps.make_grads(module.apply, task, accum=config.accum, teacher=teacher and teacher.apply),
         steps.make_update(tx, schedule),
         shardings=shardings,
+        gradients=gradients,
         **placed,
     )
     # Evaluation runs under jit whatever the partitioner: it has no gradients to reduce.
@@ -160,6 +166,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         },
         shardings=shardings,
         placements=placements,
+        lint=tuple(inspect.lint(placements, table, own, mesh=mesh)),
         num_parameters=_num_parameters(placements, module),
         init=init,
         init_from=init_from,
@@ -213,6 +220,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
 # A stored config's model alone, on whatever machine and for whatever run it was written.
 ALONE = {
     "mesh": "data=1",
+    "dcn_mesh": "",
     "partitioner": "jit",
     "accum": 1,
     "init_from": "",
@@ -244,10 +252,10 @@ def _check_data(
         check_weights(teacher, steps.as_weights(state.model_state[steps.TEACHER]))
 
 
-def _num_parameters(placements: Sequence[rules.Placement], module: nn.Module) -> int:
+def _num_parameters(placements: Sequence[placement.Placement], module: nn.Module) -> int:
     """Parameters without the rows that only pad the vocabulary."""
     sizes = [math.prod(p.shape) for p in placements if p.path.startswith("params/")]
-    padding = tree.vocabulary_padding(placements, getattr(module, "vocab_size", 0))
+    padding = tree.vocabulary_padding(placements, module)
     return sum(sizes) - sum(padding.values())
 
 
@@ -264,10 +272,11 @@ def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str
             f"With scan_layers the layers' parameters are stacked, and {config.optim.name} has one "
             "trust ratio for each stack: a different experiment from scan_layers=false."
         )
-    missed = [p for p in placements if p.missed and p.path.startswith("params/")]
+    missed = [p for p in placements if p.missed]
+    missed = [p for p in missed if p.path.startswith("params/")] or missed
     if missed:
         notes.append(
-            f"{len(missed)} small parameters are replicated where the rules would split them, "
+            f"{len(missed)} small arrays are replicated where the rules would split them, "
             f"the first: {missed[0].path} {missed[0].shape}, {missed[0].missed}."
         )
     return tuple(notes)

@@ -70,7 +70,8 @@ def token_cross_entropy(
 
     def split(x_BL):
         x_BL = jnp.pad(x_BL, ((0, 0), (0, missing), *((0, 0),) * (x_BL.ndim - 2)))
-        return x_BL.reshape(len(x_BL), -1, chunk, *x_BL.shape[2:]).swapaxes(0, 1)
+        # Strided, so that each chunk is spread over all devices that the length is split over.
+        return jnp.moveaxis(x_BL.reshape(len(x_BL), chunk, -1, *x_BL.shape[2:]), 2, 0)
 
     return _chunked(sums, jax.tree.map(split, (hidden_BLD, target_BL, weight_BL)))
 

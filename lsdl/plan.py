@@ -10,7 +10,8 @@ from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 EXAMPLES = """examples:
   python -m lsdl.plan --config configs/digits_vit.py --depth 5
   python -m lsdl.plan --config configs/digits_vit.py --config.model.width=768 --json plan.json
-  python -m lsdl.plan --config configs/digits_vit.py --config.mesh=fsdp=-1 --devices 32
+  python -m lsdl.plan --config configs/digits_vit.py --config.mesh=fsdp=-1 --devices 32 --shardings
+  python -m lsdl.plan --config configs/stdlib_gpt.py --config.mesh=data=8 --collectives
 
 Nothing is allocated, and the devices of the mesh need not exist: a -1 in it takes --devices, or as
 many as there are here.
@@ -32,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     add("--config", required=True, metavar="FILE[:VARIANT]", help="the experiment's config file")
     add("--devices", type=int, metavar="N", help="plan for N devices (default: what mesh says)")
     add("--depth", type=int, default=3, metavar="N", help="levels of modules shown (default: 3)")
+    add("--collectives", action="store_true", help="compile the step: what its devices exchange")
+    add("--shardings", action="store_true", help="how each parameter is split, and by which rule")
+    add("--html", type=Path, metavar="FILE", help="write the shardings there, with pictures")
     add("--json", type=Path, metavar="FILE", help="write the plan there, with every module")
     return parser
 
@@ -53,24 +57,25 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # After the parser, so that --help and a mistyped flag cost no second.
     from lsdl import config as configs
     from lsdl.experiment import build
-    from lsdl.planner import totals, tree
+    from lsdl.planner import collectives, totals, tree
     from lsdl.rundir import versions, write_json
-    from lsdl.sharding import mesh as meshes
+    from lsdl.sharding import inspect, mesh
 
     file, devices, depth = arguments.json, arguments.devices, arguments.depth
-    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise UserError(f"--json={file} cannot be written: name a file in a folder that is there.")
+    for flag, f in (("json", file), ("html", arguments.html)):
+        if f and (f.is_dir() or not os.access(f.parent, os.W_OK)):
+            raise UserError(f"--{flag}={f} cannot be written: name a file in a folder there is.")
     for flag, value, least in (("devices", devices, 1), ("depth", depth, 0)):
         if value is not None and value < least:
             raise UserError(f"--{flag}={value} must be at least {least}.")
     config, _ = configs.load(arguments.config, overrides)
-    if config.partitioner != "pmap":  # which there is on real devices alone
-        devices = devices or meshes.num_devices(config.mesh)
+    if arguments.collectives:
+        devices = collectives.devices(devices or mesh.num_devices(config.mesh))
+    elif config.partitioner != "pmap":  # which there is on real devices alone
+        devices = devices or mesh.num_devices(config.mesh)
     experiment = build(config, devices=devices)
 
-    padding = {}
-    if "vocab_size" in config.model:
-        padding = tree.vocabulary_padding(experiment.placements, config.model.vocab_size)
+    padding = tree.vocabulary_padding(experiment.placements, experiment.module)
     state, batch = experiment.abstract_state, experiment.abstract_batch
     model = totals.make_model(
         experiment.name,
@@ -84,6 +89,15 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     numbers = totals.make_plan(model, step, state, batch, total_steps=experiment.total_steps)
     print(tree.table(model, depth=depth))
     print(totals.summary(numbers))
+    if arguments.collectives:
+        split = dict(accum=config.accum, remat=config.remat)
+        split |= dict(microbatches=config.pipeline_microbatches)
+        numbers["collectives"] = collectives.of_experiment(experiment, **split)
+        print(collectives.table(numbers["collectives"]))
+    if arguments.shardings:
+        print(inspect.table(experiment.placements, experiment.mesh), *experiment.lint, sep="\n")
+    if arguments.html:
+        arguments.html.write_text(inspect.page(experiment))
     for note in experiment.notes:
         print(f"note: {note}")
     if file:

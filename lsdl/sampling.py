@@ -32,7 +32,7 @@ def sample(
 
     @jax.jit
     def draw(variables, token_L, count, key):
-        hidden_BLD, table_VD = apply(variables, token_L[None], train=False)
+        hidden_BLD, table_VD, *_ = apply(variables, token_L[None], train=False)
         logits_V = table_VD.astype(jnp.float32) @ hidden_BLD[0, count - 1].astype(jnp.float32)
         logits_V = jnp.where(jnp.arange(len(logits_V)) < vocab_size, logits_V, -jnp.inf)
         if top_k:

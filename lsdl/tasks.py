@@ -9,7 +9,7 @@ Every task has
     shown                        the metrics of a results table, besides the loss
     unit, units_per_example      what the loss is a mean over, and how many an example has
 
-Shape letters: B batch, L length, C classes, V vocabulary, K regression targets.
+Shape letters: B batch, L length, C classes, V vocabulary, K regression targets, N layers.
 """
 
 import math
@@ -168,7 +168,9 @@ class Language:
     padding, 1, 2, ... the documents that were packed into the window) no document sees another
     and no document's first token is predicted from another's last. `loss_weight (L,)`, if there,
     weights the targets. `token_bytes (V,)` is the text that each token stands for, in bytes, for
-    bits per byte. `z_loss` and `chunk` as in `losses.token_cross_entropy`.
+    bits per byte. `z_loss` and `chunk` as in `losses.token_cross_entropy`. Of a mixture of experts
+    `balance` times the balance loss of each layer is added (Fedus et al. 2021, eq. 4), taken for
+    each sequence and weighted like its tokens: a sum over examples, as all of the loss.
     """
 
     features: Features
@@ -176,6 +178,7 @@ class Language:
     token_bytes: tuple[int, ...]
     z_loss: float = 0.0
     chunk: int = 0
+    balance: float = 0.0
 
     unit = "tokens"
     spec, prepare = _spec, _unchanged
@@ -199,8 +202,12 @@ class Language:
         return tuple(batch[name][:, :-1] for name in names)
 
     def loss(self, outputs: tuple, batch: Batch, *, extra: Mapping | None = None) -> Loss:
-        """`(hidden (B, L, D), table (V, D))`, whose product is the logits."""
+        """`(hidden (B, L, D), table (V, D)[, routing])`: the product of two is the logits.
+
+        `routing`, of a mixture of experts, is {"balance", "dropped"} of each layer, `(B, N)`.
+        """
         del extra
+        hidden_BLD, table_VD, *routing = outputs
         target_BL = batch["token"][:, 1:]
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], target_BL.shape)
         if "loss_weight" in batch:
@@ -208,7 +215,13 @@ class Language:
         if "segment" in batch:
             before_BL, after_BL = batch["segment"][:, :-1], batch["segment"][:, 1:]
             weight_BL = weight_BL * ((before_BL == after_BL) & (after_BL > 0))
-        return _token_loss(self, outputs, target_BL, weight_BL)
+        outputs = hidden_BLD, table_VD
+        loss, weight, metrics = _token_loss(self, outputs, target_BL, weight_BL)
+        if routing:
+            weight_B = weight_BL.sum(1)
+            loss += self.balance * (routing[0]["balance"].sum(1) * weight_B).sum()
+            metrics |= {name: (x_BN.mean(1) * weight_B).sum() for name, x_BN in routing[0].items()}
+        return loss, weight, metrics
 
 
 @dataclass(frozen=True)

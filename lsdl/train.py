@@ -5,6 +5,7 @@ import signal
 import sys
 
 from lsdl.errors import FINISHED, INTERRUPTED, SAVED_AND_STOPPED, UserError, refuse
+from lsdl.rendezvous import add_flags, flags
 
 EXAMPLES = """examples:
   python -m lsdl.train --config configs/digits_vit.py --workdir runs/a
@@ -14,7 +15,8 @@ EXAMPLES = """examples:
 
 The same command again resumes from the newest checkpoint, on the same mesh or another one.
 Every field of the config can be set as --config.FIELD=VALUE; config.json lists them.
-exit codes: 0 complete, 2 bad input, 73 workdir in use, 75 saved after SIGTERM, 130 after Ctrl-C"""
+exit codes: 0 complete, 2 bad input, 69 other processes out of reach, 73 workdir in use, 75 saved
+after SIGTERM, 130 after Ctrl-C"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,11 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add("--config", required=True, metavar="FILE[:VARIANT]", help="the experiment's config file")
     add("--workdir", help="the run folder (default: runs/NAME, the config's name)")
     add("--eval-only", action="store_true", help="evaluate the newest checkpoint and stop")
-    add("--distributed", choices=("off", "on", "auto"), default="off", help="find the other "
-        "processes through the launcher; auto: only if there is one")  # fmt: skip
-    add("--coordinator", metavar="HOST:PORT", help="process 0's address, without a launcher")
-    add("--num-processes", type=int, metavar="N")
-    add("--process-id", type=int, metavar="I")
+    add_flags(add)
     return parser
 
 
@@ -44,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         from lsdl.processes import speaks
 
-        if speaks(arguments.coordinator, arguments.num_processes, arguments.process_id):
+        if speaks(error, **flags(arguments)):
             refuse(error)
         return error.exit_code
     except KeyboardInterrupt:
@@ -61,12 +59,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lsdl.rundir import RunDir
 
     config, given = configs.load(arguments.config, overrides)
-    processes.initialise(
-        arguments.distributed,
-        coordinator=arguments.coordinator,
-        num_processes=arguments.num_processes,
-        process_id=arguments.process_id,
-    )
+    processes.initialise(**flags(arguments))
     experiment = processes.together(lambda: build(config))
     processes.together(experiment.check_data)
     folder = RunDir(arguments.workdir or f"runs/{experiment.name}")

@@ -39,6 +39,7 @@ def _alone(config):
     """`config` without what changes no initial value."""
     alone = ConfigDict(config)
     alone.update({"mesh": "data=1", "partitioner": "jit", "rules": "dp", "remat": "none"})
+    alone.update({"dcn_mesh": "", "param_rules": ()})
     alone.accum = 1
     return FrozenConfigDict(alone)
 

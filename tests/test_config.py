@@ -562,7 +562,8 @@ def test_json_form_does_not_depend_on_the_reading(resolve):
 
 # What a resumed run may change
 
-ALONE = {"mesh", "rules", "partitioner", "remat", "data.in_memory_mib", "data.prefetch"}
+ALONE = {"mesh", "dcn_mesh", "rules", "param_rules", "partitioner", "remat"}
+ALONE |= {"sequence_attention", "pipeline_microbatches", "data.in_memory_mib", "data.prefetch"}
 MAY_CHANGE = ("total_", "log.", "eval.", "checkpoint.")
 
 
@@ -582,6 +583,8 @@ def test_resume_changes_what_it_may_and_nothing_else(field):
     "field",
     [
         "mesh_shape",
+        "ici_mesh",
+        "own_rules",
         "model.mesh",
         "rules.x",
         "remat_policy",

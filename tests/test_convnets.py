@@ -20,7 +20,7 @@ from lsdl.models.inception import Inception
 from lsdl.models.regnet import RegNet
 from lsdl.models.resnet import ResidualBlock, ResNet
 from lsdl.sharding import mesh as meshes
-from lsdl.sharding import partition, rules
+from lsdl.sharding import partition, placement, rules
 from tests.tiny import applied, boxed, close, count, images, jit, paths, values
 
 thin_alexnet = functools.partial(AlexNet, widths=(4, 8, 6, 6, 4), hidden=(6, 8))
@@ -514,7 +514,7 @@ def grouped_gradient(groups, mesh, table):
     shapes, variables = boxed(model, x), values(model, x)
     number = meshes.num_devices(mesh)
     grid = meshes.make_mesh(meshes.parse_mesh(mesh, number), jax.devices()[:number])
-    shardings, _ = rules.tree_shardings(shapes, grid, rules.TABLES[table])
+    shardings, _ = placement.tree_shardings(shapes, grid, rules.TABLES[table])
     rows = NamedSharding(grid, partition.BATCH_SPEC)
     program = partition.program(
         jax.grad(lambda variables, x: (model.apply(variables, x) ** 2).sum()),

@@ -11,27 +11,42 @@ PACKAGE = ROOT / "lsdl"
 
 # Level by level; inside a package a file imports only files listed before it.
 LEVELS = [
-    ["errors", "config", "state", "losses", "metrics", "progress", "rundir"],
+    [
+        "errors",
+        "config",
+        "state",
+        "losses",
+        "metrics",
+        "progress",
+        "rundir",
+        "rendezvous",
+        "diagnosis",
+        "exercise",
+    ],
     [
         *("data.folder", "data.readers", "data.digits", "data.tabular", "data.synthetic"),
         *("data.captions", "data.stdlib", "data.text", "data.corpus", "data.sources"),
         *("data.part", "data.transforms", "data.dataset", "data.loader"),
-        *("models.remat", "models.layers", "models.transformer"),
+        *("models.remat", "models.layers", "models.moe", "models.transformer"),
         *("models.mlp", "models.alexnet", "models.inception", "models.resnet"),
         *("models.efficientnet", "models.regnet"),
         *("models.vit", "models.gpt", "models.bert", "models.clip"),
         *("models.convert_rules", "models.convert_transformers", "models.convert_convnets"),
         "models.convert",
         *("optim.schedules", "optim.chain"),
-        *("sharding.mesh", "sharding.rules", "sharding.partition"),
+        *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
+        *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
         *("tasks", "evaluators", "sampling", "checkpoint", "processes", "weights"),
     ],
     ["step"],
-    ["planner.count", "planner.tree", "planner.totals"],
+    [
+        *("planner.count", "planner.tree", "planner.totals", "planner.hlo", "planner.collectives"),
+        "analysis.parameter_server",
+    ],
     ["checks", "components", "experiment"],
-    ["loop"],
+    ["loop", "checkup"],
     [],
-    ["train", "plan", "convert", "generate"],
+    ["train", "plan", "convert", "generate", "doctor"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 ORDER = {module: i for i, module in enumerate(itertools.chain.from_iterable(LEVELS))}
@@ -47,11 +62,12 @@ DOORS = {
     "sentencepiece": {"data.text"},
     "tensorboardX": {"metrics"},
     "safetensors": {"weights"},
-    "optax": {"optim.schedules", "optim.chain", "step", "tasks", "components", "experiment"},
+    "optax": {"optim.schedules", "optim.chain", "step", "tasks", "components", "experiment"}
+    | {"analysis.parameter_server"},
     "flax": {"state", "losses", "components", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
     "ml_collections": {"config", "checks", "components", "experiment"},
-    "argparse": {"train", "plan", "convert", "generate"},
+    "argparse": {"train", "plan", "convert", "generate", "doctor"},
 }
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

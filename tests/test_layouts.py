@@ -184,6 +184,67 @@ def test_every_task_split_by_hand_gives_the_one_device_steps(
     assert_equal_steps(load, one_device_noise, name, *layout)
 
 
+# Other tables and axes, and the collectives of sharded parameters written out.
+HAND = "partitioner=shard_map"
+STACKED = ("model.scan_layers=true", "model.dropout=0.0", "model.num_layers=4")
+MORE = [
+    ("vit class", "rules=fsdp", "mesh=data=2,fsdp=4", HAND),
+    ("gpt2", "rules=fsdp", "mesh=data=2,fsdp=4", HAND, "accum=2", "remat=full"),
+    ("bert", "rules=fsdp", "mesh=fsdp=8", HAND, "model.scan_layers=true"),
+    ("clip chunked", "rules=fsdp", "mesh=data=2,fsdp=4", HAND),
+    ("regnet", "rules=fsdp", "mesh=data=2,fsdp=4", HAND),
+    ("gpt2", "rules=zero1", "mesh=data=8", HAND, "accum=2"),
+    ("vit class", "rules=zero1", "mesh=data=4,fsdp=2", HAND),
+    ("gpt2", "rules=zero1", "mesh=data=4,fsdp=2"),
+    ("gpt2", "rules=tp_sp", "mesh=data=2,tensor=4"),
+    ("llama", "rules=tp_sp", "mesh=data=2,tensor=2,sequence=2"),
+    ("vit mean", "rules=tp", "mesh=data=2,tensor=2,sequence=2"),
+    ("alexnet", "rules=one_weird_trick", "mesh=data=2,tensor=4"),
+    ("regnet", "rules=one_weird_trick", "mesh=data=2,tensor=4"),
+    ("gpt2", "rules=pp", "mesh=data=4,stage=2", *STACKED),
+    ("llama", "mesh=fsdp=2,tensor=2,stage=2", "pipeline_microbatches=4", *STACKED),
+    ("bert", "rules=pp", "mesh=data=2,stage=4", HAND, *STACKED),
+    ("vit distill", "mesh=fsdp=4,stage=2", HAND, "accum=2", *STACKED),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), [(n, more) for n, *more in MORE], ids=str)
+def test_every_table_and_axis_gives_the_one_device_steps(load, one_device_noise, name, layout):
+    assert_equal_steps(load, one_device_noise, name, *layout)
+
+
+ALL_TABLES = {
+    "dp": "data=4,fsdp=2",
+    "zero1": "data=4,fsdp=2",
+    "fsdp": "data=2,fsdp=4",
+    "tp": "data=2,tensor=4",
+    "tp_sp": "data=2,tensor=4",
+    "fsdp_tp": "data=2,fsdp=2,tensor=2",
+    "one_weird_trick": "data=2,tensor=4",
+    "pp": "data=2,fsdp=2,stage=2",
+}
+TASKS = ("vit mean", "mlp regression", "gpt2", "bert", "clip")
+LAYERED = ("vit mean", "gpt2", "bert")
+
+
+def every_task():
+    for name in TASKS:
+        for table, mesh in ALL_TABLES.items():
+            by_hand = table in ("dp", "zero1", "fsdp", "pp")
+            more = STACKED if table == "pp" else ()
+            if more and name not in LAYERED:
+                continue
+            for partitioner in ("jit", *(("shard_map",) if by_hand else ())):
+                yield name, (f"rules={table}", f"mesh={mesh}", f"partitioner={partitioner}", *more)
+        yield name, ("rules=dp", "mesh=data=8", "partitioner=pmap")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), list(every_task()), ids=str)
+def test_20_steps_of_every_task_under_every_table(load, one_device_noise, name, layout):
+    assert_equal_steps(load, one_device_noise, name, *layout, steps=20)
+
+
 @pytest.mark.parametrize(
     ("name", "partitioner"),
     [("mlp regression", "jit"), ("gpt2", "jit"), ("gpt2", "shard_map"), ("bert", "shard_map")],
@@ -195,13 +256,16 @@ def test_accumulation_gives_the_steps_of_one_batch(load, one_device_noise, name,
 
 @pytest.fixture(scope="module")
 def one_device_noise():
-    """Two steps of a config on noise on one device, made once."""
-    return functools.lru_cache(lambda config: curve(config, devices=1, steps=2, noise=True))
+    """The first steps of a config on noise on one device, made once."""
+    return functools.lru_cache(
+        lambda config, steps: curve(config, devices=1, steps=steps, noise=True)
+    )
 
 
-def assert_equal_steps(load, one_device_noise, name, *layout):
-    expected = one_device_noise(small(load, name))
-    actual = curve(small(load, name, *layout), steps=2, noise=True)
+def assert_equal_steps(load, one_device_noise, name, *layout, steps=2):
+    sizes = [o for o in layout if o.startswith("model.")]
+    expected = one_device_noise(small(load, name, *sizes), steps)
+    actual = curve(small(load, name, *layout), steps=steps, noise=True)
     assert_equal_curves(actual[0], expected[0], ("loss", "param_norm"))
     # Of the convnets a ReLU may be on the other side of zero, as above.
     kinks = name in CONVNETS

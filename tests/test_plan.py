@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from lsdl.errors import BAD_INPUT, FINISHED
 from lsdl.plan import main
 from lsdl.planner import tree
 from lsdl.sharding import mesh as meshes
-from lsdl.sharding import rules
+from lsdl.sharding import placement, rules
 from tests.conftest import CONFIGS
 
 DIGITS = ("digits_mlp", "digits_resnet", "digits_vit")
@@ -62,7 +63,7 @@ def test_plan_is_complete_and_its_rows_sum_to_the_totals(plan, load, name):
     examples = numbers["total_steps"] * numbers["batch_size"]
     assert numbers["total_flops"] == numbers["model_flops_per_example"] * examples
     assert numbers["name"] == load(f"{name}:smoke").name
-    assert numbers["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert numbers["mesh"] == dict.fromkeys(meshes.AXES, 1)
     assert numbers["versions"]["jax"] == jax.__version__
     assert f"{numbers['parameters']:,}" in out
 
@@ -151,7 +152,7 @@ def test_devices_of_the_mesh_need_not_exist(plan):
         "batch_size=1024",
         "mesh=data=4,fsdp=64,tensor=4",
     )
-    assert many["mesh"] == {"data": 4, "fsdp": 64, "tensor": 4}
+    assert many["mesh"] == dict.fromkeys(meshes.AXES, 1) | {"data": 4, "fsdp": 64, "tensor": 4}
     assert many["batch_bytes_per_device"] * 256 == one["batch_bytes_per_device"]
     whole, part = (n["state_bytes_per_device_by_part"]["params"] for n in (one, many))
     assert part < whole / 200
@@ -198,8 +199,8 @@ def test_rows_that_fill_up_a_vocabulary_are_no_parameters():
         }
     }
     mesh = meshes.make_mesh({axis: 1 for axis in meshes.AXES}, 1)
-    _, placements = rules.tree_shardings(boxed, mesh, rules.TABLES["dp"])
-    padding = tree.vocabulary_padding(placements, 50)
+    _, placements = placement.tree_shardings(boxed, mesh, rules.TABLES["dp"])
+    padding = tree.vocabulary_padding(placements, SimpleNamespace(vocab_size=50))
     assert padding == {
         ("text", "embedding"): 14 * 64,
         ("head", "kernel"): 14 * 64,
@@ -309,6 +310,7 @@ def test_json_replaces_the_file_at_once(tmp_path):
 def test_help_shows_examples_and_exit_codes_without_jax():
     script = """
 import sys
+from types import SimpleNamespace
 from lsdl.plan import main
 try:
     main(["--help"])

@@ -1,14 +1,20 @@
-"""Real processes on loopback: the same curve as one, and one voice."""
+"""Real processes on loopback: the same curve as one, one voice, one end; where they meet."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from lsdl import rendezvous
+from lsdl.errors import UnreachableError, UserError
 from lsdl.metrics import read_rows
-from lsdl.processes import spawn_local
+from lsdl.processes import LAUNCHER, spawn_local, watch
+from lsdl.rendezvous import Place, place, roll_call
 from tests.conftest import CONFIGS, ROOT
 from tests.curves import curve
 
@@ -17,6 +23,7 @@ RUN = (
     "lsdl.train",
     f"--config={CONFIGS / 'digits_vit.py'}:smoke",
     "--config.model.num_layers=1",
+    "--config.total_steps=6",
     "--config.optim.schedule.warmup_steps=2",
     "--config.log.tensorboard=false",
     MESH,
@@ -29,6 +36,7 @@ def run(workdir, num_processes, *more, during=None):
         num_processes=num_processes,
         devices_per_process=8 // num_processes,
         env={"PYTHONPATH": str(ROOT)},
+        capture=True,
     )
     try:
         if during:
@@ -55,7 +63,7 @@ def two(tmp_path_factory):
 
 def test_two_processes_give_the_curve_of_one(load, two):
     overrides = [o.removeprefix("--config.") for o in RUN if o.startswith("--config.")]
-    expected, _ = curve(load("digits_vit:smoke", *overrides))
+    expected, _ = curve(load("digits_vit:smoke", *overrides), steps=6)
     for (loss, norm), one, one_norm in zip(
         losses(two[0]), expected["loss"], expected["grad_norm"], strict=True
     ):
@@ -118,3 +126,277 @@ def test_a_launcher_that_is_not_there_is_missed(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("lsdl: --distributed=on finds no launcher here")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_process_without_the_others_leaves_with_a_sentence():
+    """And never with the abort in which jax ends."""
+    alone = lambda i: subprocess.Popen(  # noqa: E731
+        (
+            *(sys.executable, "-m", "lsdl.doctor", f"--coordinator=127.0.0.1:{free_port()}"),
+            *("--num-processes=2", f"--process-id={i}", "--wait=1"),
+        ),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    running = [alone(0), alone(1)]
+    errors = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [69, 69]
+    assert errors[0].startswith("lsdl: Only 1 of 2 processes have met at 127.0.0.1:")
+    assert "without 1" in errors[0]
+    assert errors[1].startswith("lsdl: Process 1 of 2 has not reached process 0 at 127.0.0.1:")
+    assert [len(error.splitlines()) for error in errors] == [1, 1]
+
+
+def called(port, numbers, *, num_processes, wait_s, told=None):
+    """{process: how its roll call ended}, all of them at once."""
+    ends = {}
+
+    def call(i):
+        try:
+            roll_call(f"127.0.0.1:{port}", (told or {}).get(i, num_processes), i, wait_s=wait_s)
+            ends[i] = None
+        except (UserError, SystemExit) as error:
+            ends[i] = error
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in numbers]
+    # What jax's service is after the roll call: something that listens.
+    for thread in threads:
+        thread.start()
+    threads[numbers.index(0)].join()
+    with socket.create_server(("127.0.0.1", port)):
+        for thread in threads:
+            thread.join()
+    return ends
+
+
+def test_a_roll_call_ends_when_all_have_called():
+    assert called(free_port(), [2, 1, 0], num_processes=3, wait_s=20) == dict.fromkeys([0, 1, 2])
+
+
+def test_a_roll_call_names_who_is_missing():
+    ends = called(free_port(), [2, 0], num_processes=5, wait_s=1.5)
+    assert isinstance(ends[0], UnreachableError)
+    assert "Only 2 of 5 processes" in str(ends[0])
+    assert "without 1, 3, 4:" in str(ends[0])
+    assert ends[2].code == 69  # without a word: process 0 has said it
+
+
+def test_a_roll_call_finds_two_numbers_of_processes():
+    ends = called(free_port(), [1, 0], num_processes=2, told={1: 3}, wait_s=20)
+    assert str(ends[0]).startswith("Process 1 was told that there are 3 processes and process 0")
+    assert ends[1].code == 69
+
+
+def test_a_roll_call_hears_no_stranger():
+    port = free_port()
+    ends = {}
+    zero = threading.Thread(
+        target=lambda: ends.update(called(port, [0], num_processes=2, wait_s=2))
+    )
+    zero.start()
+    time.sleep(0.3)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"other 1 2\n")
+    zero.join()
+    assert "without 1" in str(ends[0])
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UnreachableError, match=f"cannot listen on port {port}"):
+            roll_call(f"127.0.0.1:{port}", 2, 0, wait_s=5)
+
+
+@pytest.mark.parametrize("coordinator", ["node", "node:", ":80", "node:x", "node:70000"])
+def test_a_coordinator_is_a_host_and_a_port(coordinator):
+    with pytest.raises(UserError, match="must be HOST:PORT"):
+        roll_call(coordinator, 2, 1, wait_s=1)
+
+
+SLURM = {
+    **{"SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "jwb[0021-0022,0100]"},
+    **{"SLURM_NTASKS": "3", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
+    "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
+}
+
+
+def environment(tasks, local, *, visible=None, on_node=None):
+    environ = SLURM | {"SLURM_STEP_TASKS_PER_NODE": str(tasks), "SLURM_LOCALID": str(local)}
+    if visible is not None:
+        environ["CUDA_VISIBLE_DEVICES"] = visible
+    if on_node is not None:
+        environ["SLURM_GPUS_ON_NODE"] = str(on_node)
+    return environ
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Place()),
+        (
+            SLURM | {"CUDA_VISIBLE_DEVICES": ""},
+            Place("slurm", 3, 1, "jwb0021:61441"),
+        ),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, Place("slurm", 4)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "2"}, Place("tpu", 4, 2)),
+        (
+            {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+            | {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2"},
+            Place("tpu", 6, 5),
+        ),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"},
+            Place("kubernetes", None, 3),
+        ),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, Place()),  # a notebook's
+    ],
+)
+def test_the_place_of_a_process_follows_from_its_environment(environ, expected):
+    assert place(environ) == expected
+
+
+@pytest.mark.parametrize("nodes", ["jwb0021", "jwb0021,other7", "jwb[0021-0022]", "jwb[0021,3-4]"])
+def test_the_first_node_is_the_coordinator(nodes):
+    assert place(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator == "jwb0021:61441"
+
+
+def test_slurm_is_read_as_jax_reads_it(monkeypatch):
+    from jax._src.clusters.slurm_cluster import SlurmCluster
+
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    here = place(os.environ)
+    assert SlurmCluster.get_coordinator_address(None, None) == here.coordinator
+    assert (SlurmCluster.get_process_count(), SlurmCluster.get_process_id()) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus"),
+    [
+        (environment(1, 0, on_node=4), (0, 1, 2, 3)),  # jax alone would take one of four
+        (environment(1, 0, visible="0,1,2,3", on_node=4), (0, 1, 2, 3)),
+        (environment(4, 3, visible="0,1,2,3", on_node=4), (3,)),
+        (environment(2, 1, visible="0,1,2,3", on_node=4), (2, 3)),
+        (environment(4, 3, visible="2", on_node=4), (0,)),  # --gpus-per-task=1: numbered anew
+        (environment(4, 3, visible="2"), (0,)),
+        (environment(2, 1, visible="2,3", on_node=4), (0, 1)),
+        (environment("4(x2),1", 3, visible="0,1,2,3") | {"SLURM_NODEID": "1"}, (3,)),
+        (environment(1, 0, visible="GPU-8a,GPU-b1"), (0, 1)),
+        (environment("2,1", 0, visible="0,1", on_node=2), (0,)),
+        (environment("2,1", 0, visible="0,1", on_node=2) | {"SLURM_NODEID": "1"}, (0, 1)),
+        (environment(4, 3, visible=""), None),
+        (environment(1, 0, on_node=4) | {"JAX_LOCAL_DEVICE_IDS": "0"}, None),  # jax reads it
+    ],
+)
+def test_each_task_takes_its_share_of_the_nodes_gpus(environ, gpus):
+    assert place(environ).local_device_ids == gpus
+
+
+def test_without_slurm_the_gpus_are_left_to_jax(monkeypatch):
+    monkeypatch.setattr(rendezvous, "gpus_on_node", lambda environ: 8)
+    assert place({"CUDA_VISIBLE_DEVICES": "0,1"}).local_device_ids is None
+
+
+def children(*programs):
+    return [
+        subprocess.Popen((sys.executable, "-c", f"import os, sys, time\n{program}"), text=True)
+        for program in programs
+    ]
+
+
+SLEEP = "time.sleep(600)"
+KILLED = "os.kill(os.getpid(), 9)"
+
+
+@pytest.mark.parametrize(
+    ("programs", "code", "said"),
+    [
+        (["pass", "pass"], 0, ""),
+        (["sys.exit(75)"] * 2, 75, ""),
+        (["sys.exit(2)"] * 2, 2, ""),  # they have said why
+        ([SLEEP, KILLED, SLEEP], 137, "process 1 of 3 was killed by SIGKILL; the others were"),
+        ([SLEEP, "sys.exit(3)"], 3, "process 1 of 2 ended with 3; the others were stopped"),
+        (
+            ["time.sleep(0.4); sys.exit(4)", "sys.exit(75)", f"time.sleep(0.2); {KILLED}"],
+            137,
+            "process 2 of 3 was killed by SIGKILL; the others were stopped",
+        ),
+    ],
+)
+def test_a_job_ends_with_the_first_that_failed(programs, code, said, capfd):
+    started = children(*programs)
+    assert watch(started, grace_s=0.8) == code
+    assert all(child.returncode is not None for child in started)
+    error = capfd.readouterr().err
+    assert error.startswith(f"lsdl: {said}") if said else error == ""
+
+
+def test_watch_numbers_what_the_others_complain_of(capfd):
+    child = subprocess.Popen(
+        (sys.executable, "-c", "import sys; print('a\\nb', file=sys.stderr)"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watch([*children("pass"), child]) == 0
+    child.stderr.close()
+    assert capfd.readouterr().err == "[1] a\n[1] b\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_watch_passes_signals_on(number, tmp_path):
+    ready = [tmp_path / name for name in "ab"]
+    program = """import pathlib, signal
+signal.signal({number}, lambda *_: sys.exit(75))
+pathlib.Path({ready!r}).touch()
+time.sleep(60)"""
+    before = signal.getsignal(number)
+    started = children(*(program.format(number=int(number), ready=str(r)) for r in ready))
+
+    def send():
+        while not all(r.exists() for r in ready):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert watch(started) == 75
+    sender.join()
+    assert signal.getsignal(number) == before
+
+
+def test_a_process_ends_with_the_launcher_that_is_killed():
+    program = f"""import os, subprocess, sys, time
+child = "from lsdl.processes import initialise; initialise(); print(1, flush=True)"
+child += "; import time; time.sleep(60)"
+env = os.environ | {{{LAUNCHER!r}: str(os.getpid())}}
+process = subprocess.Popen((sys.executable, "-c", child), env=env, stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(60)"""
+    with subprocess.Popen(
+        (sys.executable, "-c", program),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    ) as launcher:
+        orphan = int(launcher.stdout.readline())
+        launcher.kill()
+    until = time.monotonic() + 10
+    while (alive := running(orphan)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive
+
+
+def running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -7,6 +7,10 @@ TEXT = (
     *("model.num_layers=2", "model.max_length=8", "data.seq_len=8"),
     *("model.vocab_size=37", "model.vocab_padded=48"),
 )
+EXPERTS = (
+    *("model.num_experts=4", "model.experts_per_token=2", "model.capacity_factor=0.75"),
+    *("loss.balance=0.1", "model.dropout=0.1"),
+)
 MASK = ("data.transforms=('mask:3:37',)", "data.eval_transforms=('mask:3:37',)")
 CLIP = (
     *(f"model.{tower}_{field}" for tower in ("vision", "text") for field in BLOCK),
@@ -24,6 +28,7 @@ ZOO = {
     "vit distill": (*VIT, "model.pool=distill", "model.scan_layers=true"),
     "gpt2": ("lm_gpt2:smoke", *TEXT, "loss.chunk=3", "loss.z_loss=0.01", "model.dropout=0.1"),
     "llama": ("lm_llama:smoke", *TEXT, "model.kv_heads=2", "model.tied=false"),
+    "experts": ("lm_gpt2:smoke", *TEXT, *EXPERTS),
     "bert": ("lm_bert:smoke", *TEXT, *MASK, "model.scan_layers=false"),
     "clip": ("digits_clip:smoke", *CLIP),
     "clip chunked": ("digits_clip:smoke", *CLIP, "loss.chunk=1"),

@@ -76,7 +76,7 @@ class Convolution(nn.Module):
         if self.response_norm and not self.batch_norm:
             x_BHWD = local_response_norm(x_BHWD)
         x_BHWD = nn.max_pool(x_BHWD, (3, 3), (2, 2)) if self.pool else x_BHWD
-        return nn.with_logical_constraint(x_BHWD, ("batch", None, None, None))
+        return nn.with_logical_constraint(x_BHWD, ("conv_batch", None, None, None))
 
 
 class AlexNet(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype
+from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype, gathered
 from lsdl.models.transformer import Stack, Style, learned_positions, shared
 
 # Devlin et al. 2019, section 3.
@@ -55,12 +55,14 @@ class Bert(nn.Module):
 
         embedding_VD = table("embedding", self.vocab_padded, "vocab")
         position_LD = table("position", self.max_length, "length").astype(self.dtype)
+        position_LD = gathered(position_LD, (None, "embed"))
         type_TD = table("token_type", TOKEN_TYPES, None).astype(self.dtype)
         place_BLD = learned_positions(position_LD, token_BL, segment_BL)
-        x_BLD = embedding_VD.astype(self.dtype)[token_BL] + place_BLD + type_TD[0][None, None]
+        x_BLD = gathered(embedding_VD.astype(self.dtype), ("vocab", "embed"))[token_BL]
+        x_BLD = x_BLD + place_BLD + type_TD[0][None, None]
         x_BLD = style.make_norm("embed_norm", self.dtype)(x_BLD)
         x_BLD = Dropout(self.dropout, train)(x_BLD)
-        x_BLD = Stack(**shared(self, Stack), style=style, name="stack")(
+        x_BLD, _ = Stack(**shared(self, Stack), style=style, name="stack")(
             x_BLD, segment_BL, train=train
         )
         if features:

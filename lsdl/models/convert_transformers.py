@@ -6,6 +6,7 @@ Their tensor names are those of the files, which newer versions of transformers 
 import math
 from collections.abc import Iterator, Mapping
 
+from lsdl.errors import UserError
 from lsdl.models.bert import TOKEN_TYPES, Bert
 from lsdl.models.clip import Clip
 from lsdl.models.convert_rules import (
@@ -158,6 +159,11 @@ def vit(model: Vit, shapes: Shapes) -> Counterpart:
 def gpt(model: Gpt, shapes: Shapes) -> Counterpart:
     """GPT-2 or LLaMA, as the form says."""
     del shapes
+    if model.num_experts:
+        raise UserError(
+            f"model.num_experts={model.num_experts} has no counterpart at Hugging Face that lsdl "
+            "knows: models with num_experts=0 do."
+        )
     return {"gpt2": _gpt2, "llama": _llama}[model.form](model)
 
 

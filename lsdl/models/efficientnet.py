@@ -76,7 +76,7 @@ class InvertedBottleneck(nn.Module):
         y_BHWD = normed(y_BHWD, self.features, 1, "project")
         if self.stride == 1 and inputs == self.features:
             y_BHWD = x_BHWD + Dropout(self.drop_path, self.train, whole=True)(y_BHWD)
-        return nn.with_logical_constraint(y_BHWD, ("batch", None, None, None))
+        return nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None))
 
 
 class EfficientNet(nn.Module):

@@ -1,14 +1,16 @@
 """Decoder-only language models: GPT-2, GPT-3 and the LLaMA form.
 
-Shape letters: B batch, L length, D embed, V vocabulary (padded).
+Shape letters: B batch, L length, D embed, V vocabulary (padded), N layers.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lsdl.models.layers import Dropout, Dtype
+from lsdl.models.layers import Dropout, Dtype, gathered
+from lsdl.models.moe import Experts
 from lsdl.models.transformer import (
     Stack,
     Style,
@@ -55,7 +57,7 @@ FORMS = ("gpt2", "llama")
 
 
 class Gpt(nn.Module):
-    """`token (B, L) int32[, segment (B, L)] -> (hidden (B, L, D), table (V, D))`.
+    """`token (B, L) int32[, segment (B, L)] -> (hidden (B, L, D), table (V, D)[, routing])`.
 
     The logits are `hidden @ table.T`: the task makes them, whole or in pieces.
     `form` gpt2: learned positions, LayerNorm, biases (Radford et al. 2019). llama: rotary
@@ -63,6 +65,9 @@ class Gpt(nn.Module):
     `segment`, if given, keeps attention and positions within each document (0 is padding).
     `vocab_padded` rows of the table are a multiple of what the mesh splits; those from
     `vocab_size` on stand for nothing. `tied`: the embedding is the output table too.
+    With `num_experts`, each block has so many MLPs and a token goes to `experts_per_token` of them
+    (lsdl/models/moe.py). `routing` is then `balance` and `dropped` of each layer, `(B, N)` both.
+    Documents that share a window share its experts' slots.
     """
 
     form: str
@@ -74,6 +79,9 @@ class Gpt(nn.Module):
     num_heads: int
     mlp_dim: int
     kv_heads: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    capacity_factor: float = 0.0
     rope_theta: float = 10_000.0
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-5
@@ -86,21 +94,23 @@ class Gpt(nn.Module):
     pipe: Callable | None = None
 
     def make_style(self) -> Style:
-        if self.form == "gpt2":
-            scale = gpt2_residual_scale(self.num_layers)
-            return Style(
-                self.activation, self.norm_eps, causal=True, init_std=0.02, residual_scale=scale
-            )
-        return Style(
+        sizes = self.num_experts, self.experts_per_token, self.capacity_factor
+        style = Style(
             self.activation,
             self.norm_eps,
             causal=True,
+            init_std=0.02,
+            experts=Experts(*sizes) if self.num_experts else None,
+        )
+        if self.form == "gpt2":
+            return replace(style, residual_scale=gpt2_residual_scale(self.num_layers))
+        return replace(
+            style,
             norm="rms",
             gated=True,
             bias=False,
             kv_heads=self.kv_heads,
             rope_theta=self.rope_theta,
-            init_std=0.02,
         )
 
     @nn.compact
@@ -112,14 +122,15 @@ class Gpt(nn.Module):
             return self.param(name, boxed, (rows, self.width))
 
         embedding_VD = table("embedding", self.vocab_padded, "vocab")
-        x_BLD = embedding_VD.astype(self.dtype)[token_BL]
+        x_BLD = gathered(embedding_VD.astype(self.dtype), ("vocab", "embed"))[token_BL]
         if self.form == "gpt2":
             position_LD = table("position", self.max_length, "length").astype(self.dtype)
+            position_LD = gathered(position_LD, (None, "embed"))
             x_BLD = x_BLD + learned_positions(position_LD, token_BL, segment_BL)
         x_BLD = Dropout(self.dropout, train)(x_BLD)
-        x_BLD = Stack(**shared(self, Stack), style=style, name="stack")(
+        x_BLD, routing = Stack(**shared(self, Stack), style=style, name="stack")(
             x_BLD, segment_BL, train=train
         )
         hidden_BLD = style.make_norm("norm", self.dtype)(x_BLD)
         output_VD = embedding_VD if self.tied else table("output", self.vocab_padded, "vocab")
-        return hidden_BLD, output_VD
+        return (hidden_BLD, output_VD, routing) if routing else (hidden_BLD, output_VD)

@@ -92,7 +92,7 @@ class Mixed(nn.Module):
             convolve(pooled_BHWD, project, 1, "project"),
         )
         y_BHWD = jnp.concatenate(branches, axis=-1)
-        return nn.with_logical_constraint(y_BHWD, ("batch", None, None, None))
+        return nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None))
 
 
 class Inception(nn.Module):

@@ -110,6 +110,40 @@ def dense(
     )
 
 
+class Weights(nn.Module):
+    """`(kernel (D, F), bias (F,) or 0)`: those of `dense`, for a product that layers share."""
+
+    features: int
+    axes: Sequence[str]
+    dtype: Dtype
+    bias: bool
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, width: int):
+        def make(name, init, axes, shape):
+            boxed = nn.with_logical_partitioning(init, tuple(axes))
+            return self.param(name, boxed, shape).astype(self.dtype)
+
+        kernel_DF = make("kernel", self.kernel_init, self.axes, (width, self.features))
+        if not self.bias:
+            return kernel_DF, jnp.zeros(self.features, self.dtype)
+        zeros = nn.initializers.zeros
+        return kernel_DF, make("bias", zeros, self.axes[1:], (self.features,))
+
+
+def gathered(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """The parameter `x`, its dims named by `axes`, whole on the mesh axes that split the batch.
+
+    For lookups. From a table that is split where the batch is, XLA's partitioner (jax 0.10.2) takes
+    parts of all rows, and makes them whole on every device to split them by the batch.
+    """
+    _, *wanted = nn.logical_to_mesh_axes(("batch", *axes))
+    if nn.logical_to_mesh_axes(axes) == PartitionSpec(*wanted):
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(*wanted))
+
+
 def _convolve_rows(x_BHWD: jax.Array, kernel_HWIO: jax.Array, *args, **kwargs) -> jax.Array:
     """`lax.conv_general_dilated`, each device on its own rows of the batch with the whole kernel.
 
@@ -117,7 +151,7 @@ def _convolve_rows(x_BHWD: jax.Array, kernel_HWIO: jax.Array, *args, **kwargs) -
     devices that see the same rows, or aborts, where the convolution has groups.
     """
     convolve = lambda x, kernel: lax.conv_general_dilated(x, kernel, *args, **kwargs)  # noqa: E731
-    rows = nn.logical_to_mesh_axes(("batch", None, None, None))
+    rows = nn.logical_to_mesh_axes(("conv_batch", None, None, None))
     if rows[0] is None or jax.sharding.get_abstract_mesh().empty:
         return convolve(x_BHWD, kernel_HWIO)
     local = jax.shard_map(convolve, in_specs=(rows, PartitionSpec()), out_specs=rows)
@@ -149,7 +183,7 @@ def conv(
         strides=stride,
         padding=padding,
         feature_group_count=groups,
-        conv_general_dilated=_convolve_rows if groups > 1 else None,
+        conv_general_dilated=_convolve_rows if groups > 1 else (lambda x, k, *a, **kw: lax.conv_general_dilated(x, gathered(k, (None, None, *axes)), *a, **kw)),
         use_bias=bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, (None, None, *axes)),

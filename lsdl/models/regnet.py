@@ -48,7 +48,7 @@ class Block(nn.Module):
         if self.stride != 1 or inputs != self.features:
             x_BHWD = normed(x_BHWD, 1, self.stride, "shortcut")
         y_BHWD = nn.relu(x_BHWD + y_BHWD)
-        return nn.with_logical_constraint(y_BHWD, ("batch", None, None, None))
+        return nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None))
 
 
 class RegNet(nn.Module):

@@ -140,7 +140,7 @@ class ResNet(nn.Module):
                     self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x_BHWD)
-                x_BHWD = nn.with_logical_constraint(x_BHWD, ("batch", None, None, None))
+                x_BHWD = nn.with_logical_constraint(x_BHWD, ("conv_batch", None, None, None))
         x_BD = x_BHWD.mean((1, 2))
         if not self.num_classes:
             return x_BD.astype(jnp.float32)

@@ -1,10 +1,13 @@
 """The transformer block and the stack of blocks, for every model that has one.
 
 What the families differ in is data, a `Style`: there is one attention, one MLP and one block.
-Shape letters: B batch, L length, D embed, H heads, G key-value heads, K head_dim, F mlp.
+Shape letters: B batch, L length, D embed, H heads, G key-value heads, J the query, key and value
+heads of one of these, K head_dim, F mlp, E experts,
+C capacity of an expert, N layers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lsdl.models import remat
+from lsdl.models import moe, remat
 from lsdl.models.layers import (
     ACTIVATIONS,
     Dropout,
     Dtype,
+    Weights,
     dense,
     layer_norm,
     lecun_normal,
@@ -41,15 +45,19 @@ class Style:
     rope_theta: float = 0.0  # base of the rotary embedding; 0: none
     init_std: float = 0.0  # of the kernels; 0: LeCun's
     residual_scale: float = 1.0  # of that, for the two kernels that write to the residual stream
+    experts: moe.Experts | None = None  # of a mixture in the place of the MLP
 
     def make_norm(self, name: str, dtype: Dtype) -> nn.Module:
         make = {"layer": layer_norm, "rms": rms_norm}[self.norm]
         return make(eps=self.norm_eps, dtype=dtype, name=name)
 
-    def make_dense(self, features: int, axes, *, dtype: Dtype, name: str, residual: bool = False):
+    def make_init(self, *, residual: bool = False) -> Callable:
         std = self.init_std * (self.residual_scale if residual else 1.0)
-        init = nn.initializers.normal(std) if std else lecun_normal
-        return dense(features, axes, dtype=dtype, name=name, bias=self.bias, kernel_init=init)
+        return nn.initializers.normal(std) if std else lecun_normal
+
+    def make_dense(self, features: int, axes, *, residual: bool = False, make=dense, **fields):
+        init = self.make_init(residual=residual)
+        return make(features, axes, bias=self.bias, kernel_init=init, **fields)
 
 
 def gpt2_residual_scale(num_layers: int) -> float:
@@ -114,16 +122,28 @@ class Attention(nn.Module):
         *_, length, width = x_BLD.shape
         style, head_dim = self.style, width // self.num_heads
 
-        def heads(name, number):
+        kv_heads = style.kv_heads or self.num_heads
+        group = self.num_heads // kv_heads
+
+        def weights(name, number):
             # One dim for heads and head_dim: split over tensor, it is split between heads.
-            make = style.make_dense
-            y_BLD = make(number * head_dim, ("embed", "heads"), dtype=self.dtype, name=name)(x_BLD)
-            y_BLHK = y_BLD.reshape(-1, length, number, head_dim)
+            make = functools.partial(style.make_dense, make=Weights, dtype=self.dtype, name=name)
+            kernel_DF, bias_F = make(number * head_dim, ("embed", "heads"))(width)
+            shape = (kv_heads, -1, head_dim)
+            return kernel_DF.reshape(width, *shape), bias_F.reshape(shape)
+
+        # One product, whose gradient to x is one sum over the devices that share the heads.
+        parts = ("query", self.num_heads), ("key", kv_heads), ("value", kv_heads)
+        kernels, biases = zip(*(weights(*part) for part in parts), strict=True)
+        kernel_DGJK, bias_GJK = jnp.concatenate(kernels, 2), jnp.concatenate(biases, 1)
+        y_BLGJK = jnp.einsum("BLD,DGJK->BLGJK", x_BLD.astype(self.dtype), kernel_DGJK)
+        y_BLGJK += bias_GJK[None, None]
+
+        def heads(y_BLHK):
             return nn.with_logical_constraint(y_BLHK, ("batch", "length", "heads", "head_dim"))
 
-        kv_heads = style.kv_heads or self.num_heads
-        query_BLHK, key_BLGK = heads("query", self.num_heads), heads("key", kv_heads)
-        value_BLGK = heads("value", kv_heads)
+        query_BLHK = heads(y_BLGJK[..., :group, :].reshape(-1, length, self.num_heads, head_dim))
+        key_BLGK, value_BLGK = heads(y_BLGJK[..., group, :]), heads(y_BLGJK[..., group + 1, :])
         if style.rope_theta:
             query_BLHK = rotary(query_BLHK, position_BL, style.rope_theta)
             key_BLGK = rotary(key_BLGK, position_BL, style.rope_theta)
@@ -139,34 +159,56 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two dense layers with an activation between them, or three if the style is gated.
 
+    With `each_expert`, `(B, E, C, D) -> (B, E, C, D)`: each expert's own, on its tokens.
     Source: Vaswani et al. 2017, section 3.3; gated: Shazeer 2020, eq. 6.
     """
 
     mlp_dim: int
     style: Style
     dtype: Dtype
+    each_expert: bool = False
 
     @nn.compact
     def __call__(self, x_BLD):
+        make = functools.partial(
+            self.style.make_dense,
+            make=moe.ExpertDense if self.each_expert else dense,
+            dtype=self.dtype,
+        )
+
         def wide(name):
-            make = self.style.make_dense
-            return make(self.mlp_dim, ("embed", "mlp"), dtype=self.dtype, name=name)(x_BLD)
+            return make(self.mlp_dim, ("embed", "mlp"), name=name)(x_BLD)
 
         activation = ACTIVATIONS[self.style.activation]
         h_BLF = (
             activation(wide("gate")) * wide("up") if self.style.gated else activation(wide("up"))
         )
-        h_BLF = nn.with_logical_constraint(h_BLF, ("batch", "length", "mlp"))
-        down = self.style.make_dense(
-            x_BLD.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="down", residual=True
-        )
-        return down(h_BLF)
+        places = ("experts", None) if self.each_expert else ("length",)
+        h_BLF = nn.with_logical_constraint(h_BLF, ("batch", *places, "mlp"))
+        return make(x_BLD.shape[-1], ("mlp", "embed"), name="down", residual=True)(h_BLF)
+
+
+class Mixture(nn.Module):
+    """`(B, L, D) -> (B, L, D)`, and what `Routing` tells of each sequence: an MLP of experts."""
+
+    mlp_dim: int
+    style: Style
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x_BLD, segment_BL=None):
+        experts = self.style.experts
+        routing = moe.Router(experts, self.style.make_init(), name="router")(x_BLD, segment_BL)
+        mlp = Mlp(self.mlp_dim, self.style, self.dtype, each_expert=True, name="experts")
+        y_BLD = moe.collect(mlp(moe.dispatch(x_BLD, routing, experts)), routing)
+        return y_BLD, {"balance": routing.balance, "dropped": routing.dropped}
 
 
 class Block(nn.Module):
     """A residual block: attention, then MLP, normalised before or after.
 
-    `(carry, segment, position) -> (carry, nothing)`, the form that `nn.scan` takes.
+    `(carry, segment, position) -> (carry, told)`, the form that `nn.scan` takes; `told` is what a
+    `Mixture` tells of its routing, or None.
     Source: Xiong et al. 2020, figure 1.
     """
 
@@ -180,23 +222,38 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, segment_BL=None, position_BL=None):
-        x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "embed"))
         drop = Dropout(self.dropout, self.train)
+
+        def between(x_BLD):
+            return nn.with_logical_constraint(x_BLD, ("batch", "residual_length", "embed"))
 
         def residual(x_BLD, norm, layer):
             norm = self.style.make_norm(norm, self.dtype)
             if self.style.post_norm:
-                return norm(x_BLD + drop(layer(x_BLD)))
-            return x_BLD + drop(layer(norm(x_BLD)))
+                y_BLD, told = layer(x_BLD)
+                return norm(x_BLD + drop(y_BLD)), told
+            y_BLD, told = layer(norm(x_BLD))
+            return x_BLD + drop(y_BLD), told
 
-        attn = Attention(self.num_heads, self.style, self.dtype, self.attention, name="attn")
-        x_BLD = residual(x_BLD, "attn_norm", lambda x_BLD: attn(x_BLD, segment_BL, position_BL))
-        x_BLD = residual(x_BLD, "mlp_norm", Mlp(self.mlp_dim, self.style, self.dtype, name="mlp"))
-        return nn.with_logical_constraint(x_BLD, ("batch", "length", "embed")), None
+        def attn(x_BLD):
+            layer = Attention(self.num_heads, self.style, self.dtype, self.attention, name="attn")
+            return layer(x_BLD, segment_BL, position_BL), None
+
+        def mlp(x_BLD):
+            fields = dict(mlp_dim=self.mlp_dim, style=self.style, dtype=self.dtype, name="mlp")
+            if self.style.experts:
+                return Mixture(**fields)(x_BLD, segment_BL)
+            return Mlp(**fields)(x_BLD), None
+
+        x_BLD, _ = residual(between(x_BLD), "attn_norm", attn)
+        x_BLD, told = residual(between(x_BLD), "mlp_norm", mlp)
+        return between(x_BLD), told
 
 
 class Stack(nn.Module):
     """`num_layers` blocks, one after another, or as one scanned block with stacked parameters.
+
+    `(B, L, D)[, segment (B, L)] -> ((B, L, D), told)`: what the blocks tell, each leaf `(B, N)`.
 
     Scanning compiles one block instead of `num_layers`; unrolled is faster on CPU. `segment_BL`,
     if given, keeps attention within each segment. `pipe`, if given, runs the scanned blocks:
@@ -225,13 +282,18 @@ class Stack(nn.Module):
         if self.scan_layers:
             if self.pipe and not self.is_initializing():
                 params = self.variables["params"]["blocks"]
-                return self.pipe(self._run(fields), params, x_BLD, segment_BL, position_BL)
+                return self.pipe(self._run(fields), params, x_BLD, segment_BL, position_BL), None
             blocks = self._scanned(self.num_layers)(**fields, name="blocks")
-            return blocks(x_BLD, segment_BL, position_BL)[0]
+            x_BLD, told = blocks(x_BLD, segment_BL, position_BL)
+            return x_BLD, jax.tree.map(lambda x_NB: x_NB.T, told)
         block = remat.wrap(Block, self.remat)
+        told = []
         for layer in range(self.num_layers):
-            x_BLD, _ = block(**fields, name=f"block_{layer}")(x_BLD, segment_BL, position_BL)
-        return x_BLD
+            x_BLD, tells = block(**fields, name=f"block_{layer}")(x_BLD, segment_BL, position_BL)
+            told.append(tells)
+        if not told:
+            return x_BLD, None
+        return x_BLD, jax.tree.map(lambda *x_B: jnp.stack(x_B, axis=1), *told)
 
     def _scanned(self, length: int):
         return nn.scan(

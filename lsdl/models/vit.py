@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         if self.embed_norm:
             x_BLD = style.make_norm("embed_norm", self.dtype)(x_BLD)
         x_BLD = Dropout(self.dropout, train)(x_BLD)
-        x_BLD = Stack(**shared(self, Stack), style=style, name="stack")(x_BLD, train=train)
+        x_BLD, _ = Stack(**shared(self, Stack), style=style, name="stack")(x_BLD, train=train)
         return style.make_norm("norm", self.dtype)(x_BLD)
 
     def _patches(self, x_BHWD):
@@ -97,6 +97,8 @@ class Encoder(nn.Module):
             dtype=self.dtype,
             name="patches",
         )(x_BHWD)
+        # Split here, the length would split the convolution too, which XLA (jax 0.10.2) gets wrong.
+        x_BHWD = nn.with_logical_constraint(x_BHWD, ("batch", None, None, "embed"))
         return x_BHWD.reshape(len(x_BHWD), -1, self.width)
 
 

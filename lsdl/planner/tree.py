@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lsdl.planner.count import Path
-from lsdl.sharding.rules import Placement
+from lsdl.sharding.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ def make_tree(
     )
 
 
-def vocabulary_padding(placements: Sequence[Placement], vocab_size: int) -> dict[Path, int]:
-    """{parameter: elements} of the rows that fill a vocabulary up and stand for no token."""
+def vocabulary_padding(placements: Sequence[Placement], module: Any) -> dict[Path, int]:
+    """{parameter: elements} of the rows that fill the vocabulary of `module` up."""
     padding = {}
     for placement in placements:
         kind, *path = placement.path.split("/")
         if kind == "params" and "vocab" in placement.names:
             padded = placement.shape[placement.names.index("vocab")]
             rest = math.prod(placement.shape) // padded
-            padding[tuple(path)] = rest * (padded - vocab_size)
+            padding[tuple(path)] = rest * (padded - module.vocab_size)
     return padding
 
 

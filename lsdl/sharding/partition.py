@@ -1,7 +1,8 @@
 """Three ways to run one pure step on a mesh: `jit`, `shard_map`, `pmap`.
 
     jit        every layout: the compiler splits the program by the arrays' shardings
-    shard_map  data parallel: each device runs the body on its rows, gradients meet in one psum
+    shard_map  data, fsdp and stage, with the collectives written out: a parameter is gathered where
+               it is used, and its gradient leaves the backward pass reduced and scattered
     pmap       data parallel, the older interface: the whole step inside, state replicated
 
 The partitioner replaces the gradients' half of the step alone. The optimiser stays plain optax
@@ -20,11 +21,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsdl.errors import UserError, nearest
-from lsdl.sharding.mesh import BATCH_AXES
+from lsdl.sharding import manual
+from lsdl.sharding.mesh import AXES, BATCH_AXES
 from lsdl.sharding.rules import Rules
 from lsdl.state import Batch, TrainState
 
 NAMES = ("jit", "shard_map", "pmap")
+OFFERED = {"jit": AXES, "shard_map": manual.AXES, "pmap": ("data",)}
 BATCH_SPEC = P(BATCH_AXES)
 
 
@@ -36,17 +39,18 @@ def check(name: str, mesh: Mesh | AbstractMesh) -> None:
         raise UserError("partitioner=pmap runs in one process alone: use shard_map or jit.")
     if name == "pmap" and isinstance(mesh, AbstractMesh):
         raise UserError("partitioner=pmap cannot be traced without its devices: use shard_map.")
-    split = [axis for axis, size in mesh.shape.items() if size > 1 and axis != "data"]
-    if name != "jit" and split:
+    offered = OFFERED[name]
+    split = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in offered]
+    if split:
         raise UserError(
-            f"partitioner={name} offers data parallelism alone and the mesh has {split[0]}="
-            f"{mesh.shape[split[0]]}: use mesh=data=-1, or partitioner=jit."
+            f"partitioner={name} offers the mesh axes {', '.join(offered)} and the mesh has "
+            f"{split[0]}={mesh.shape[split[0]]}: use partitioner=jit, which offers all."
         )
 
 
-def manual_axis(name: str) -> str | None:
-    """The mesh axis that splits the batch by hand: what BatchNorm has to average over."""
-    return None if name == "jit" else "data"
+def manual_axes(name: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes that split the batch by hand: what BatchNorm has to average over."""
+    return () if name == "jit" else manual.batch_axes(mesh)
 
 
 def partition(
@@ -58,19 +62,21 @@ def partition(
     mesh: Mesh,
     rules: Rules,
     shardings: TrainState,
+    gradients: Any,
     precision: str,
 ) -> "Program":
     """The train step as a program for `mesh`.
 
-    `prepare(batch, state) -> batch` sees the global batch. `grads(state, batch) -> sums` is any
-    tree of sums over the batch's rows, but for its leaf `model_state`, which is a value.
-    `update(state, sums) -> (state, metrics)`. The state is donated: its buffers become the new
-    state's.
+    `prepare(batch, state) -> batch` sees the global batch. `grads(state, batch) -> sums` is a dict
+    of trees of sums over the batch's rows, but for `model_state`, which is a value.
+    `update(state, sums) -> (state, metrics)`. `gradients` are the shardings that `sums["grads"]`
+    should have. The state is donated: its buffers become the new state's.
     """
     if name == "pmap":
         halves = _pmap(grads, update, mesh)
     else:
-        sums = grads if name == "jit" else _shard_map(grads, mesh)
+        make = {"jit": _placed, "shard_map": manual.by_hand}[name]
+        sums = make(grads, mesh=mesh, shardings=shardings, gradients=gradients)
         halves = lambda state, batch: update(state, sums(state, batch))  # noqa: E731
 
     def train_step(state, batch):
@@ -86,16 +92,15 @@ def partition(
     )
 
 
-def _shard_map(grads: Callable, mesh: Mesh) -> Callable:
-    def body(state, batch):
-        # Without the cast autodiff would sum the gradient over devices itself, and the psum below
-        # a second time: a silent factor of the device count.
-        cast = lambda p: lax.pcast(p, "data", to="varying")  # noqa: E731
-        local = state.replace(params=jax.tree.map(cast, state.params))
-        with nn.logical_axis_rules(()):  # every mesh axis is manual: nothing to constrain
-            return _psum(grads(local, batch))
+def _placed(grads: Callable, *, mesh: Mesh, shardings: TrainState, gradients: Any) -> Callable:
+    if gradients == shardings.params:  # where the compiler puts them by itself
+        return grads
 
-    return jax.shard_map(body, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    def sums(state, batch):
+        found = grads(state, batch)
+        return found | {"grads": lax.with_sharding_constraint(found["grads"], gradients)}
+
+    return sums
 
 
 def _pmap(grads: Callable, update: Callable, mesh: Mesh) -> Callable:

@@ -2,28 +2,32 @@
 
 A table is an ordered list of (logical axis, mesh axis or axes). The first rule wins whose mesh
 axes are still free in the array and divide the dim; no rule left means not split. Flax applies
-the same tables to the activations (`nn.with_logical_constraint`).
+the same tables to the activations (`nn.with_logical_constraint`). A parameter's own rule, a
+(regex, spec) pair, wins over the table, for the optimiser's moments of the parameter as well.
 """
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import jax
-from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lsdl.errors import UserError, nearest
-from lsdl.sharding.mesh import BATCH_AXES
+from lsdl.sharding.mesh import AXES, BATCH_AXES
 
-Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+Axes = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, Axes]]
+ParamRules = Sequence[tuple[str, tuple[Axes, ...]]]
 
-_BATCH = (("batch", BATCH_AXES),)
+# Roles of activations alone, and the one that a table without a rule of theirs has them follow.
+FOLLOWS = {"conv_batch": "batch", "residual_length": "length"}
+_BATCH = (("batch", BATCH_AXES), ("length", "sequence"), ("layers", "stage"))
+_ALIKE = (("conv_batch", BATCH_AXES), ("residual_length", "sequence"))
+_EXPERTS = (("experts", "expert"),)
 _WIDE = ("heads", "mlp", "vocab", "conv_out")
 _TENSOR = tuple((axis, "tensor") for axis in _WIDE)
-_FSDP = (("embed", "fsdp"), *((axis, "fsdp") for axis in _WIDE))
+_FSDP = tuple((axis, "fsdp") for axis in _WIDE)
 # A dim that tensor parallelism splits is split over fsdp too where no other dim of the array
 # takes it (biases and the like), so that FSDP leaves nothing large replicated.
 _BOTH = tuple((axis, ("tensor", "fsdp")) for axis in _WIDE)
@@ -31,102 +35,133 @@ _BOTH = tuple((axis, ("tensor", "fsdp")) for axis in _WIDE)
 # Nothing splits `conv_in`: with a kernel split over fsdp on its inputs and over tensor on its
 # outputs, and the batch over data and fsdp, XLA's partitioner (jax 0.10.2 to 0.12.0) computes
 # wrong gradients. tests/test_layouts.py compares gradients leaf by leaf because of it.
+UNSPLIT = "conv_in"
 TABLES: dict[str, Rules] = {
-    "dp": _BATCH,
-    "fsdp": (*_BATCH, *_FSDP),
-    "tp": (*_BATCH, *_TENSOR),
-    "fsdp_tp": (*_BATCH, ("embed", "fsdp"), *_BOTH, *_TENSOR, *_FSDP),
+    "dp": (*_BATCH, *_ALIKE),
+    "zero1": (*_BATCH, *_ALIKE),
+    "fsdp": (*_BATCH, *_ALIKE, *_EXPERTS, ("embed", "fsdp"), *_FSDP),
+    # Column, then row (Shoeybi et al. 2019): of two kernels the first is split on its outputs.
+    "tp": (*_BATCH, *_ALIKE, *_EXPERTS, *_TENSOR),
+    # And what lies between the pairs is split on its length (Korthikanti et al. 2022).
+    "tp_sp": (
+        *_BATCH,
+        ("conv_batch", BATCH_AXES),
+        ("residual_length", ("sequence", "tensor")),
+        *_EXPERTS,
+        *_TENSOR,
+    ),
+    "fsdp_tp": (*_BATCH, *_ALIKE, *_EXPERTS, ("embed", "fsdp"), *_BOTH, *_TENSOR, *_FSDP),
+    # Convolutions see more of the batch, dense layers less of the kernel (Krizhevsky 2014).
+    "one_weird_trick": (
+        *_BATCH,
+        ("conv_batch", (*BATCH_AXES, "tensor")),
+        ("residual_length", "sequence"),
+        *(rule for rule in _TENSOR if rule[0] != "conv_out"),
+    ),
+    "pp": (*_BATCH, *_ALIKE),
 }
-LARGE_BYTES = 2**20  # an array from this size on must be split if a rule meant to
+# The tables whose optimiser state is split further than the parameters, over which mesh axes.
+MOMENTS = {"zero1": BATCH_AXES}
 
 
-@dataclass(frozen=True)
-class Placement:
-    """How one array is split, and which of its dims a rule meant to split in vain."""
+def table(given: str | Rules) -> Rules:
+    """The table of that name, or the user's own pairs, checked, with what they leave unsaid."""
+    if isinstance(given, str):
+        if given not in TABLES:
+            raise UserError(f"rules={given!r} is no rule table; {nearest(given, TABLES)}")
+        return TABLES[given]
+    form = "write ('logical axis', 'mesh axis'), with several mesh axes in a tuple, or None."
+    for rule in given if isinstance(given, tuple | list) else [given]:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise UserError(f"rules has the pair {rule!r}: {form}")
+        check_axes("rules", rule, rule[1:])
+        if rule[0] == UNSPLIT and axes_of(rule[1]):
+            raise UserError(f"rules has the pair {rule!r}: {LAW}")
+    said = {logical for logical, _ in given}
+    rest = () if "batch" in said else (("batch", BATCH_AXES),)
+    for role, other in FOLLOWS.items():
+        if role not in said:
+            rest += tuple((role, axes) for logical, axes in (*given, *rest) if logical == other)
+    return (*given, *rest)
 
-    path: str
-    names: tuple[str | None, ...]  # the dims' roles
-    shape: tuple[int, ...]
-    spec: P
-    missed: str  # "" or the sentence that says which dim could not be split
-    nbytes: int
+
+def moment_axes(given: str | Rules) -> tuple[str, ...]:
+    """Over which mesh axes the table splits the optimiser state alone."""
+    return MOMENTS[given] if isinstance(given, str) and given in MOMENTS else ()
 
 
-def table(name: str) -> Rules:
-    if name not in TABLES:
-        raise UserError(f"rules={name!r} is no rule table; {nearest(name, TABLES)}")
-    return TABLES[name]
+LAW = f"{UNSPLIT} stays whole, because XLA's partitioner computes wrong gradients otherwise."
+
+
+def check_param_rules(given: ParamRules) -> ParamRules:
+    """The (regex, spec) pairs, unless one is none."""
+    for rule in given:
+        try:
+            pattern, spec = rule
+            re.compile(pattern)
+            good = isinstance(spec, tuple)
+        except (TypeError, ValueError, re.error):
+            good = False
+        if not good:
+            raise UserError(
+                f"param_rules has the pair {rule!r}: write ('regex', ('fsdp', None)), a mesh axis, "
+                "a tuple of them or None for each dim."
+            )
+        check_axes("param_rules", rule, spec)
+    return given
+
+
+def check_axes(field: str, rule: tuple, spec: Sequence[Axes]) -> None:
+    """Whether `spec` names mesh axes that there are, each once."""
+    words = [axis for axes in spec for axis in (axes_of(axes) or ())]
+    for word in words:
+        if word not in AXES:
+            hint = nearest(word, AXES) if isinstance(word, str) else "give the name of an axis."
+            raise UserError(f"{field} has the pair {rule!r}, and {word!r} is no mesh axis; {hint}")
+    twice = [word for word in dict.fromkeys(words) if words.count(word) > 1]
+    if twice:
+        raise UserError(f"{field} has the pair {rule!r}, which names {twice[0]!r} twice.")
+
+
+def axes_of(axes: Axes) -> tuple[str, ...]:
+    """A dim's part of a spec as a tuple, whatever its form."""
+    return (axes if isinstance(axes, tuple | list) else (axes,)) if axes else ()
+
+
+def parts(axes: Axes, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts `axes` split a dim."""
+    return math.prod(mesh.shape[axis] for axis in axes_of(axes))
+
+
+def label(logical: str, axes: Axes) -> str:
+    """`mlp -> tensor, fsdp`: a rule in words."""
+    return f"{logical} -> {' x '.join(axes_of(axes)) or 'whole'}"
 
 
 def resolve(
-    names: Sequence[str | None], shape: Sequence[int], rules: Rules, mesh: Mesh
-) -> tuple[P, str]:
-    """The PartitionSpec of an array whose dims play the roles `names`, and what was missed."""
+    names: Sequence[str | None], shape: Sequence[int], rules: Rules, mesh: Mesh | AbstractMesh
+) -> tuple[P, str, tuple[str, ...]]:
+    """The PartitionSpec of an array whose dims play the roles `names`, what was missed, who won."""
     chosen: list = [None] * len(shape)
-    settled: set[int] = set()
+    won: dict[int, str] = {}
     used: set[str] = set()
     refused = []
     for logical, axes in rules:
         for dim, name in enumerate(names):
-            wanted = (axes,) if isinstance(axes, str) else tuple(axes or ())
-            if name != logical or dim in settled or used & set(wanted):
+            wanted = axes_of(axes)
+            if name != logical or dim in won or used & set(wanted):
                 continue
-            parts = math.prod(mesh.shape[axis] for axis in wanted)
-            if shape[dim] % parts:
-                refused.append((wanted, f"{name}={shape[dim]} is not divisible by {parts}"))
+            number = parts(axes, mesh)
+            if shape[dim] % number:
+                refused.append((wanted, f"{name}={shape[dim]} is not divisible by {number}"))
                 continue
             chosen[dim] = axes
-            settled.add(dim)
+            won[dim] = label(logical, axes) if number > 1 or not axes else ""
             used |= set(wanted)
     large = {axis for axis in mesh.shape if mesh.shape[axis] > 1}
     missed = [why for wanted, why in refused if set(wanted) & large - used]
-    return P(*chosen), "; ".join(dict.fromkeys(missed))
-
-
-def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> tuple[Any, list[Placement]]:
-    """Shardings for an abstract tree whose parameters carry logical names (Flax boxes).
-
-    Arrays without names (counters, keys, running statistics) are replicated. Returns the tree of
-    `NamedSharding`, shaped like the unboxed tree, and a `Placement` per named array.
-    Raises `UserError` for an array of `LARGE_BYTES` or more that a rule meant to split and could
-    not.
-    """
-    placements = []
-
-    def place(keys, leaf):
-        if not isinstance(leaf, nn.LogicallyPartitioned):
-            return NamedSharding(mesh, P())
-        value = leaf.value
-        spec, missed = resolve(leaf.names, value.shape, rules, mesh)
-        placement = Placement(
-            jax.tree_util.keystr(keys, simple=True, separator="/"),
-            leaf.names,
-            value.shape,
-            spec,
-            missed,
-            value.size * value.dtype.itemsize,
-        )
-        if missed and placement.nbytes >= LARGE_BYTES:
-            raise UserError(
-                f"{placement.path} {value.shape} would be replicated on every device: {missed}. "
-                "Choose sizes or mesh axes that divide."
-            )
-        placements.append(placement)
-        return NamedSharding(mesh, spec)
-
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box), placements
-
-
-def check_used(mesh: Mesh, placements: Sequence[Placement]) -> None:
-    """Every mesh axis larger than 1 must split the batch or a parameter."""
-    used = set(BATCH_AXES)
-    for placement in placements:
-        for axes in placement.spec:
-            used |= {axes} if isinstance(axes, str) else set(axes or ())
-    for axis, size in mesh.shape.items():
-        if size > 1 and axis not in used:
-            raise UserError(
-                f"The mesh axis {axis}={size} splits nothing in this model under these rules: "
-                f"give its devices to another axis, or choose other rules."
-            )
+    return (
+        P(*chosen),
+        "; ".join(dict.fromkeys(missed)),
+        tuple(won.get(dim, "") for dim in range(len(shape))),
+    )

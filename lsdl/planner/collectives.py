@@ -1,0 +1,266 @@
+"""The bill of collectives: what a compiled step sends, beside the least that its layout could send.
+
+Lower bounds are bytes that one device sends in one step, on a ring: `{(kind, axis): bytes}`. They
+are of numbers alone, so that a reader can check them by hand, and they add up: the bound of a mixed
+mesh is that of its parameters and that of each axis that splits something else.
+"""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lsdl.errors import UserError
+from lsdl.planner import hlo, tree
+from lsdl.sharding.mesh import BATCH_AXES
+from lsdl.sharding.placement import Placement
+from lsdl.sharding.rules import axes_of
+
+TOKEN_AXES = (*BATCH_AXES, "sequence")  # on them devices have different tokens
+Bounds = Counter[tuple[str, str]]
+# Machine code that is not to be run: the program and its collectives are the same.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+MOST_VIRTUAL = 64  # CPU devices that one process stands in for
+
+
+def parameters(
+    placements: Sequence[Placement],
+    sizes: Mapping[str, int],
+    *,
+    token_axes: Sequence[str] = TOKEN_AXES,
+    accum: int = 1,
+    remat: bool = False,
+) -> Bounds:
+    """What parameters and gradients need on the axes that split the batch's tokens, leaf by leaf.
+
+    P bytes of a leaf that n devices hold in full: its gradient is reduced once, 2 (n-1)/n P. The
+    same where each keeps its part of the optimiser's state (`placements` of moments that are split
+    further than their parameter): the gradient is reduced and scattered, (n-1)/n P, the new
+    parameter gathered, (n-1)/n P. A leaf that the axes split: gathered for its use, (n-1)/n P, and
+    its gradient reduced and scattered, (n-1)/n P; with `remat` those in a stack of blocks are
+    gathered again. Axes such as tensor that split the leaf and not the tokens divide P.
+
+    In `accum` microbatches gradients of split leaves are scattered in each, and the leaves of a
+    scanned stack gathered in each; the others are sums that wait, and weights that stay.
+    Source: Rajbhandari et al. 2020, sections 7.1 and 7.2: 2 and 3 times the parameters.
+    """
+    bounds = Counter()
+    moments = _moment_axes(placements, sizes)
+
+    def add(kind: str, axes: Iterable[str], nbytes: float, times: int = 1) -> None:
+        n = math.prod(sizes[axis] for axis in axes)
+        name = "+".join(axis for axis in sizes if axis in axes)
+        if n > 1:
+            bounds[kind, name] += times * hlo.WIRE[kind](nbytes, n)
+
+    for placement in placements:
+        if not placement.path.startswith("params/"):
+            continue
+        own = _axes(placement, sizes)
+        local = placement.nbytes / math.prod(sizes[axis] for axis in own)
+        split = own & set(token_axes)
+        stacked = "layers" in placement.names
+        again = remat and "stack" in placement.path.split("/")
+        whole = local * math.prod(sizes[axis] for axis in split)
+        add("all-gather", split, whole, (accum if stacked else 1) * (2 if again else 1))
+        add("reduce-scatter", split, local, accum)
+        rest = {axis for axis in token_axes if sizes.get(axis, 1) > 1} - own
+        kept = rest & moments.get(placement.path, set())  # axes that split the moments alone
+        part = local / math.prod(sizes[axis] for axis in kept)
+        add("reduce-scatter", kept, part)
+        add("all-reduce", rest - kept, part)
+        add("all-gather", kept, local)
+    return bounds
+
+
+def _axes(placement: Placement, sizes: Mapping[str, int]) -> set[str]:
+    """The mesh axes of more than one device that split the array."""
+    return {axis for axes in placement.spec for axis in axes_of(axes) if sizes[axis] > 1}
+
+
+def _moment_axes(placements: Sequence[Placement], sizes: Mapping[str, int]) -> dict[str, set[str]]:
+    """{parameter: the axes that split what the optimiser keeps for it}."""
+    shapes = {p.path: p.shape for p in placements if p.path.startswith("params/")}
+    result = {}
+    for placement in placements:
+        parts = placement.path.split("/")
+        owners = ("/".join(("params", *parts[i:])) for i in range(1, len(parts)))
+        owner = next((path for path in owners if shapes.get(path) == placement.shape), None)
+        if parts[0] == "opt_state" and owner:
+            result[owner] = _axes(placement, sizes)
+    return result
+
+
+def tensor_parallel(
+    activation_bytes: float, t: int, *, layers: int, ends: int = 2, remat: bool = False
+) -> Bounds:
+    """Transformer blocks split over `t` devices, heads and MLP by columns and then by rows.
+
+    `activation_bytes` A: rows x length x width of the step, as one device has them. In each layer 4
+    all-reduces of A: the results of attention's and the MLP's last product, and the gradients of
+    their inputs; with `remat` attention's result once more, which the MLP is computed again from.
+    `ends`: one for looking up a table split by its rows, where all but one device add zeros, and
+    one for the gradient of the hidden states from logits split by their columns; 0 where the table
+    is whole. Norms and residuals see whole activations: their parameters need nothing. With those
+    split by length (tp_sp) each all-reduce is an all-gather and a reduce-scatter, of as many bytes.
+    Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.
+    """
+    times = layers * (5 if remat else 4) + ends
+    return Counter({("all-reduce", "tensor"): times * hlo.WIRE["all-reduce"](activation_bytes, t)})
+
+
+def pipeline(microbatch_bytes: float, *, microbatches: int, stages: int) -> Bounds:
+    """One activation of a microbatch in each of M + S - 1 ticks, and its gradient on the way back.
+
+    What the schedule sends, filling and draining included, and not the broadcast of the last
+    stage's results. Source: Huang et al. 2019, section 2.2.
+    """
+    ticks = microbatches + stages - 1
+    return Counter({("collective-permute", "stage"): 2 * ticks * microbatch_bytes})
+
+
+def ring_attention(key_value_bytes: float, n: int, *, layers: int, remat: bool = False) -> Bounds:
+    """Keys and values visit the other n - 1 devices, and their gradients travel back.
+
+    `key_value_bytes`: those of one layer that a device makes, both together. With `remat` they
+    travel forward twice. To gather them instead sends as much. Source: Liu et al. 2023, section 3.
+    """
+    times = layers * (3 if remat else 2)
+    return Counter({("collective-permute", "sequence"): times * (n - 1) * key_value_bytes})
+
+
+def bill(
+    text: str, sizes: Mapping[str, int], *, bounds: Bounds, least_bytes: int = 0
+) -> list[dict[str, Any]]:
+    """The collectives of the optimised program `text`, one row for each kind and axis, and all.
+
+    `bytes` are of results, `wire_bytes` what one device sends; of arrays of at least `least_bytes`.
+    `lower_bound_bytes` is 0 for what the layout could do without, and None on axes that `bounds`
+    does not know. `ratio` is that of wire bytes to the lower bound, where there are both.
+    """
+    rows = {key: [0, 0, 0.0] for key in bounds}
+    for one in hlo.collectives(text, sizes):
+        if nbytes := one.nbytes(least_bytes):
+            row = rows.setdefault((one.kind, one.axis), [0, 0, 0.0])
+            row[:] = row[0] + one.times, row[1] + nbytes, row[2] + one.wire_bytes(least_bytes)
+    known = {axis for _, name in bounds for axis in name.split("+")}
+    unknown = {axis for axis, size in sizes.items() if size > 1} - known
+
+    def priced(kind: str, axis: str, numbers: Sequence[float], bound: float) -> dict[str, Any]:
+        count, nbytes, wire = numbers
+        lost = unknown if axis == "all" else unknown & set(axis.removeprefix("part of ").split("+"))
+        return {
+            "kind": kind,
+            "axis": axis,
+            "count": count,
+            "bytes": nbytes,
+            "wire_bytes": round(wire),
+            "lower_bound_bytes": None if lost else round(bound),
+            "ratio": wire / bound if wire and bound and not lost else None,
+        }
+
+    total = [sum(column) for column in zip([0, 0, 0.0], *rows.values(), strict=True)]
+    order = sorted(rows, key=lambda key: (key[1], key[0]))
+    return [
+        *(priced(*key, rows[key], bounds[key]) for key in order),
+        priced("all", "all", total, bounds.total()),
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The bill for people."""
+    lines = [("collective", "axis", "count", "bytes", "on the wire", "lower bound", "ratio")]
+    for row in rows:
+        bound, ratio = row["lower_bound_bytes"], row["ratio"]
+        lines.append(
+            (
+                *(row["kind"], row["axis"], f"{row['count']:,}"),
+                *(tree.binary(row["bytes"]), tree.binary(row["wire_bytes"])),
+                "unknown" if bound is None else tree.binary(bound),
+                "" if ratio is None else f"{ratio:.3f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justify = (str.ljust, str.ljust, *(str.rjust,) * 5)
+    return "\n".join(
+        "  ".join(f(word, width) for f, word, width in zip(justify, line, widths, strict=True))
+        for line in lines
+    )
+
+
+def lower_bounds(experiment, *, accum: int, remat: str, microbatches: int = 0) -> Bounds:
+    """What the layout of an `Experiment` needs.
+
+    For its parameters and, in transformers over tokens, for tensor, sequence and pipeline
+    parallelism, with so many `microbatches` (0: one for each stage). Nothing is said about other
+    axes.
+    """
+    sizes, placements, full = experiment.mesh.shape, experiment.placements, remat == "full"
+    bounds = parameters(placements, sizes, accum=accum, remat=full)
+    if experiment.task.unit != "tokens":
+        return bounds
+    module, nbytes = experiment.module, activation_bytes(experiment)
+    tensor, sequence = sizes["tensor"], sizes.get("sequence", 1)
+    stack = dict(layers=module.num_layers, remat=full)
+    if tensor > 1:
+        tables = [p for p in placements if p.path.startswith("params/") and "vocab" in p.names]
+        split = any("tensor" in _axes(table, sizes) for table in tables)
+        bounds += tensor_parallel(nbytes, tensor, ends=2 if split else 0, **stack)
+    if sequence > 1:
+        kv_heads = getattr(module, "kv_heads", 0) or module.num_heads
+        own = math.lcm(kv_heads, tensor) / tensor / module.num_heads  # the rest are repeats
+        bounds += ring_attention(2 * own * nbytes, sequence, **stack)
+    if (stages := sizes.get("stage", 1)) > 1:
+        pieces = microbatches or stages
+        bounds += pipeline(nbytes / pieces, microbatches=pieces, stages=stages)
+    return bounds
+
+
+def activation_bytes(experiment) -> int:
+    """Of a step's hidden states of width D between two layers, those that one device has."""
+    pieces = math.prod(experiment.mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
+    tokens = experiment.batch_size * experiment.task.units_per_example // pieces
+    return tokens * experiment.module.width * jnp.dtype(experiment.module.dtype).itemsize
+
+
+def of_experiment(experiment, *, least_bytes: int = 0, **split) -> list[dict[str, Any]]:
+    """The bill of an `Experiment`'s train step, compiled for its mesh of real devices.
+
+    `split`: what `lower_bounds` is told of the layout.
+    """
+    step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
+    on_cpu = experiment.mesh.devices.flat[0].platform == "cpu"
+    return bill(
+        step.compile(QUICK if on_cpu else None).as_text(),
+        experiment.mesh.shape,
+        bounds=lower_bounds(experiment, **split),
+        least_bytes=least_bytes,
+    )
+
+
+def devices(number: int) -> list[jax.Device]:
+    """`number` devices to compile for: this machine's, or CPU devices that are not there.
+
+    Raises `UserError` where there are too few. To be called before anything else that needs a
+    device, since virtual ones are made when jax starts.
+    """
+    if number <= MOST_VIRTUAL:
+        with contextlib.suppress(RuntimeError):  # once jax has started
+            jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))
+    there = jax.devices()
+    if len(there) < number:
+        platform = there[0].platform
+        raise UserError(
+            f"The bill of collectives needs {number} devices and there are {len(there)} "
+            f"({platform}): "
+            + (
+                f"up to {MOST_VIRTUAL} CPU devices stand in for others, so use a smaller mesh."
+                if platform == "cpu"
+                else f"set JAX_PLATFORMS=cpu, where up to {MOST_VIRTUAL} stand in for others."
+            )
+        )
+    return there[:number]
