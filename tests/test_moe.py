@@ -305,6 +305,7 @@ LAYOUTS = [
     ("mesh=data=8", "partitioner=shard_map", "accum=2", "remat=dots"),
     ("mesh=data=8", "partitioner=pmap"),
     ("mesh=sequence=2,expert=4",),
+    ("mesh=data=2,expert=4", "model.scan_layers=true", "remat=full"),
 ]
 
 
@@ -315,7 +316,8 @@ def one_device():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
 def test_every_layout_gives_the_one_device_steps(load, one_device, layout):
-    expected = one_device(small(load, "experts"))
+    scanned = [o for o in layout if o.startswith("model.")]
+    expected = one_device(small(load, "experts", *scanned))
     actual = curve(small(load, "experts", *layout), steps=2, noise=True)
     names = ("loss", "balance", "dropped", "grad_norm", "update_norm", "param_norm")
     assert_equal_curves(actual[0], expected[0], names)

@@ -100,7 +100,11 @@ def test_a_shadowed_rule_changes_nothing(table, mesh, array):
 
 @pytest.mark.parametrize("name", sorted(rules.TABLES))
 def test_no_rule_of_ours_is_shadowed_or_splits_conv_in(name):
-    assert not [line for line in inspect.lint([], rules.TABLES[name], mesh=grid("data=8")) if "shadowed" in line]
+    assert not [
+        line
+        for line in inspect.lint([], rules.TABLES[name], mesh=grid("data=8"))
+        if "shadowed" in line
+    ]
     assert rules.UNSPLIT not in dict(rules.TABLES[name])
     assert {"batch", "conv_batch"} <= dict(rules.TABLES[name]).keys()
 

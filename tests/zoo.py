@@ -9,7 +9,7 @@ TEXT = (
 )
 EXPERTS = (
     *("model.num_experts=4", "model.experts_per_token=2", "model.capacity_factor=0.75"),
-    *("loss.balance=0.1", "model.dropout=0.1"),
+    *("loss.balance=0.1", "model.dropout=0.1", "model.scan_layers=false", "remat=none"),
 )
 MASK = ("data.transforms=('mask:3:37',)", "data.eval_transforms=('mask:3:37',)")
 CLIP = (

@@ -183,7 +183,7 @@ def conv(
         strides=stride,
         padding=padding,
         feature_group_count=groups,
-        conv_general_dilated=_convolve_rows if groups > 1 else (lambda x, k, *a, **kw: lax.conv_general_dilated(x, gathered(k, (None, None, *axes)), *a, **kw)),
+        conv_general_dilated=_convolve_rows if groups > 1 else None,
         use_bias=bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(kernel_init, (None, None, *axes)),

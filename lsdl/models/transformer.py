@@ -2,8 +2,8 @@
 
 What the families differ in is data, a `Style`: there is one attention, one MLP and one block.
 Shape letters: B batch, L length, D embed, H heads, G key-value heads, J the query, key and value
-heads of one of these, K head_dim, F mlp, E experts,
-C capacity of an expert, N layers.
+heads of one of these, K head_dim, F mlp, T gate and up, E experts, C capacity of an expert,
+N layers.
 """
 
 import dataclasses
@@ -176,13 +176,22 @@ class Mlp(nn.Module):
             dtype=self.dtype,
         )
 
-        def wide(name):
-            return make(self.mlp_dim, ("embed", "mlp"), name=name)(x_BLD)
+        def wide(*names):
+            fields = dict(features=self.mlp_dim, axes=("embed", "mlp"))
+            if self.each_expert or len(names) == 1:
+                return [make(**fields, name=name)(x_BLD) for name in names]
+            # One product, for the reason that attention has one.
+            weights = [make(**fields, make=Weights, name=n)(x_BLD.shape[-1]) for n in names]
+            kernel_DTF, bias_TF = (jnp.stack(w, -2) for w in zip(*weights, strict=True))
+            y_BLTF = jnp.einsum("BLD,DTF->BLTF", x_BLD.astype(self.dtype), kernel_DTF)
+            return [y_BLTF[:, :, t] + bias_TF[t][None, None] for t in range(len(names))]
 
         activation = ACTIVATIONS[self.style.activation]
-        h_BLF = (
-            activation(wide("gate")) * wide("up") if self.style.gated else activation(wide("up"))
-        )
+        if self.style.gated:
+            gate_BLF, up_BLF = wide("gate", "up")
+            h_BLF = activation(gate_BLF) * up_BLF
+        else:
+            h_BLF = activation(*wide("up"))
         places = ("experts", None) if self.each_expert else ("length",)
         h_BLF = nn.with_logical_constraint(h_BLF, ("batch", *places, "mlp"))
         return make(x_BLD.shape[-1], ("mlp", "embed"), name="down", residual=True)(h_BLF)

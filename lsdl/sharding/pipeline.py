@@ -30,9 +30,7 @@ def make_pipe(mesh: Mesh | AbstractMesh, *, microbatches: int) -> Callable:
         run = functools.partial(_run, blocks, stages=stages, microbatches=microbatches)
         if "stage" not in jax.sharding.get_abstract_mesh().manual_axes:
             specs = (P("stage"), P(), P())
-            run = jax.shard_map(
-                run, mesh=mesh, in_specs=specs, out_specs=P(), axis_names={"stage"}
-            )
+            run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), axis_names={"stage"})
         return run(params, x_B, more)
 
     return pipe
