@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from lsdl import checks, components
+from lsdl import checks, components, evaluation
 from lsdl import step as steps
 from lsdl.checkpoint import check_weights, with_shardings
 from lsdl.config import duration_steps, from_json
@@ -42,6 +42,7 @@ class Experiment:
     schedule: optax.Schedule
     abstract_state: TrainState  # with shardings: what to restore into
     abstract_batch: Batch  # likewise, of training
+    abstract_gradients: Any  # likewise, of one step
     shardings: TrainState
     placements: list[placement.Placement]
     lint: tuple[str, ...]  # what the rules did not do
@@ -97,7 +98,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
                 f"data.{split}_split={config.data[f'{split}_split']!r} holds no examples."
             )
     task = components.make_task(config, data)
-    transfer = components.make_transfer(config, data)
+    transfer = evaluation.make_transfer(config, data)
     units = dict(
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
@@ -164,6 +165,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding)
             for name, leaf in spec.items()
         },
+        abstract_gradients=with_shardings(nn.unbox(boxed.params), gradients),
         shardings=shardings,
         placements=placements,
         lint=tuple(inspect.lint(placements, table, own, mesh=mesh)),
@@ -185,7 +187,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
             train=False,
             limit=max(2_000, counts["valid"], counts["test"]),
         ),
-        evaluators=components.make_evaluators(
+        evaluators=evaluation.make_evaluators(
             config,
             data,
             task,

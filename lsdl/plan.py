@@ -86,7 +86,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         padding=padding,
     )
     step = experiment.train_step.trace(state, batch)
-    numbers = totals.make_plan(model, step, state, batch, total_steps=experiment.total_steps)
+    numbers = totals.make_plan(model, step, experiment)
     print(tree.table(model, depth=depth))
     print(totals.summary(numbers))
     if arguments.collectives:

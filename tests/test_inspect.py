@@ -186,3 +186,11 @@ def test_the_plan_prints_every_parameter_and_writes_a_page_that_needs_no_other(
 def test_a_page_that_cannot_be_written_is_bad_input(tmp_path, capsys):
     assert plan("--shardings", f"--html={tmp_path / 'no' / 'page.html'}") == BAD_INPUT
     assert "--html=" in capsys.readouterr().err
+
+
+def test_pictures_together_are_one_picture():
+    mesh = meshes.make_mesh({"data": 8})
+    one, two = inspect.picture_of_mesh(mesh), inspect.picture(NamedSharding(mesh, P("data")), (16,))
+    both = inspect.together(one, two)
+    assert both._repr_html_().count("<svg") == both._repr_html_().count("</svg>") == 2
+    assert str(both) == f"{one}\n\n{two}"

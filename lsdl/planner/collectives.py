@@ -22,7 +22,7 @@ from lsdl.sharding.rules import axes_of
 
 TOKEN_AXES = (*BATCH_AXES, "sequence")  # on them devices have different tokens
 Bounds = Counter[tuple[str, str]]
-# Machine code that is not to be run: the program and its collectives are the same.
+# Machine code that need not be fast: the program and its collectives are the same.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 MOST_VIRTUAL = 64  # CPU devices that one process stands in for
 

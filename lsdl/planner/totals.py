@@ -6,7 +6,6 @@ from typing import Any
 from jax.extend.core import Jaxpr
 
 from lsdl.planner import count, tree
-from lsdl.state import Batch, TrainState
 
 
 def make_model(
@@ -31,14 +30,15 @@ def make_model(
     return tree.make_tree(name, params, flops=flops, padding=padding)
 
 
-def make_plan(
-    model: tree.Node, step: Jaxpr, state: TrainState, batch: Batch, *, total_steps: int
-) -> dict[str, Any]:
-    """What a run of `total_steps` takes, as JSON values.
+def make_plan(model: tree.Node, step: Jaxpr, experiment: Any) -> dict[str, Any]:
+    """What a run takes, as JSON values.
 
     `model` has the FLOPs of one example's forward pass, `step` is the train step's program;
-    `state` and `batch` are abstract, with shardings.
+    `experiment`: what has `total_steps` and `abstract_state`, `abstract_gradients` and
+    `abstract_batch`, with shardings.
     """
+    state, batch = experiment.abstract_state, experiment.abstract_batch
+    total_steps = experiment.total_steps
     (batch_size,) = {leaf.shape[0] for leaf in batch.values()}
     flops = count.count(step)
     again = count.recomputed(flops)
@@ -54,6 +54,7 @@ def make_plan(
         "state_bytes_per_device": tree.device_bytes(state),
         "state_bytes_per_device_by_part": parts,
         "batch_bytes_per_device": tree.device_bytes(batch),
+        "gradient_bytes_per_device": tree.device_bytes(experiment.abstract_gradients),
         "forward_flops_per_example": model.total("flops"),
         "model_flops_per_example": model_flops,
         "step_flops_per_example": round(flops.total() / batch_size),
@@ -77,6 +78,8 @@ def summary(plan: Mapping[str, Any]) -> str:
         "bytes per device": f"{binary(plan['state_bytes_per_device'])} state ("
         + ", ".join(f"{part} {binary(nbytes)}" for part, nbytes in parts.items())
         + f"), {binary(plan['batch_bytes_per_device'])} batch",
+        "temporaries": f"{binary(plan['gradient_bytes_per_device'])} gradients per device, "
+        "activations on top",
     }
     width = max(map(len, lines))
     return "\n".join(f"{what.ljust(width)}  {text}" for what, text in lines.items())

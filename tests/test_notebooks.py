@@ -1,0 +1,115 @@
+"""Every notebook runs from top to bottom, and every exercise's check can be passed and failed."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from lsdl.exercise import check
+from tests.conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RUN = (sys.executable, str(ROOT / "tests" / "notebook.py"))
+# The first cell chooses the devices by itself, as it has to for a reader.
+ENV = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")}
+FIELDS = {
+    "markdown": {"cell_type", "id", "metadata", "source"},
+    "code": {"cell_type", "execution_count", "id", "metadata", "outputs", "source"},
+}
+
+each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def run(file):
+    return subprocess.run([*RUN, str(file)], env=ENV, capture_output=True, text=True, timeout=600)
+
+
+@each_notebook
+def test_a_notebook_runs_in_a_fresh_process(file):
+    done = run(file)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr  # that a reader would have to ignore
+
+
+@each_notebook
+def test_a_notebook_is_stored_as_it_was_written_and_not_as_it_was_run(file):
+    text = file.read_text()
+    notebook = json.loads(text)
+    assert text == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    assert notebook["metadata"] == {"kernelspec": kernel, "language_info": {"name": "python"}}
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in notebook["cells"]:
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
+        assert cell.keys() == FIELDS[cell["cell_type"]], cell["id"]
+        assert cell["metadata"] == {}, cell["id"]
+        assert "".join(cell["source"]).splitlines(keepends=True) == cell["source"] != []
+        if cell["cell_type"] == "code":
+            assert (cell["execution_count"], cell["outputs"]) == (None, []), cell["id"]
+
+
+def test_every_notebook_with_solutions_exists():
+    solutions = runpy.run_path(str(ROOT / "notebooks" / "solutions.py"))["SOLUTIONS"]
+    assert solutions.keys() <= {file.stem for file in NOTEBOOKS}
+
+
+def test_a_check_says_what_is_open_and_what_is_wrong_but_not_the_truth(capsys):
+    truth = {"bytes": 64, "copies": 2.0}
+    check({"bytes": None, "copies": None}, truth)
+    assert capsys.readouterr().out == "Still open: bytes, copies.\n"
+    check({"bytes": 64, "copies": None}, truth)
+    assert capsys.readouterr().out == "Still open: copies.\n"
+    check({"bytes": 65, "copies": 2}, truth, relative=0.02)
+    assert capsys.readouterr().out == "All right.\n"
+    with pytest.raises(AssertionError, match=r"^think again about: bytes = 65\.$"):
+        check({"bytes": 65, "copies": 2}, truth)
+    with pytest.raises(AssertionError, match="answer these: bytes, copies"):
+        check({"bytes": 64}, truth)
+
+
+# The runner: what does not hold in a notebook has to end the run.
+
+QUESTION = 'two = {"one more than one": None}'
+CHECK = "if two[{0!r}] is not None:\n    assert two[{0!r}] == 2, f'{0} = {{two[{0!r}]}}'"
+CHECK = "def check(a):\n" + "\n".join(
+    f"    {line}" for line in CHECK.format("one more than one").replace("two", "a").splitlines()
+)
+
+
+def written(folder, *cells):
+    sources = [{"cell_type": "code", "id": str(i), "source": [c]} for i, c in enumerate(cells)]
+    file = folder / "lesson.ipynb"
+    file.write_text(json.dumps({"cells": sources}))
+    part = "one more than one"
+    (folder / "solutions.py").write_text(
+        f"SOLUTIONS = {{'lesson': {{'two': ({{{part!r}: 2}}, {{{part!r}: 3}})}}}}"
+    )
+    return file
+
+
+def test_a_sound_notebook_passes_and_shows_its_last_values(tmp_path):
+    done = run(written(tmp_path, CHECK, QUESTION, "check(two)\n6 * 7"))
+    assert (done.returncode, done.stdout) == (0, "42\n" * 2), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cells", "fault"),
+    [
+        ((CHECK, QUESTION, "assert 1 == 2", "check(two)"), "cell 2"),
+        ((CHECK, QUESTION), "were checked"),
+        (("check = print", QUESTION, "check(two)"), "two passes"),
+        ((CHECK.replace("== 2", "== 4"), QUESTION, "check(two)"), "AssertionError"),
+        ((CHECK, QUESTION.replace("None", "2"), "check(two)"), "two is solved"),
+    ],
+    ids=["a false claim", "an unchecked exercise", "passes all", "fails all", "gives it away"],
+)
+def test_an_unsound_notebook_fails(tmp_path, cells, fault):
+    done = run(written(tmp_path, *cells))
+    assert done.returncode == 1
+    assert fault in done.stderr
