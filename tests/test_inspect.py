@@ -189,7 +189,7 @@ def test_a_page_that_cannot_be_written_is_bad_input(tmp_path, capsys):
 
 
 def test_pictures_together_are_one_picture():
-    mesh = meshes.make_mesh({"data": 8})
+    mesh = grid("data=8")
     one, two = inspect.picture_of_mesh(mesh), inspect.picture(NamedSharding(mesh, P("data")), (16,))
     both = inspect.together(one, two)
     assert both._repr_html_().count("<svg") == both._repr_html_().count("</svg>") == 2

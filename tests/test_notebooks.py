@@ -16,6 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUN = (sys.executable, str(ROOT / "tests" / "notebook.py"))
 # The first cell chooses the devices by itself, as it has to for a reader.
 ENV = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")}
+ENV["PYTHONPATH"] = str(ROOT)
 FIELDS = {
     "markdown": {"cell_type", "id", "metadata", "source"},
     "code": {"cell_type", "execution_count", "id", "metadata", "outputs", "source"},
@@ -75,37 +76,35 @@ def test_a_check_says_what_is_open_and_what_is_wrong_but_not_the_truth(capsys):
 
 # The runner: what does not hold in a notebook has to end the run.
 
-QUESTION = 'two = {"one more than one": None}'
-CHECK = "if two[{0!r}] is not None:\n    assert two[{0!r}] == 2, f'{0} = {{two[{0!r}]}}'"
-CHECK = "def check(a):\n" + "\n".join(
-    f"    {line}" for line in CHECK.format("one more than one").replace("two", "a").splitlines()
-)
+IMPORT = "from lsdl.exercise import check"
+QUESTION = 'two = {"one and one": None}'
+CHECK = 'check(two, {"one and one": 2})'
+SOLUTIONS = 'SOLUTIONS = {"lesson": {"two": ({"one and one": 2}, {"one and one": 3})}}'
 
 
 def written(folder, *cells):
-    sources = [{"cell_type": "code", "id": str(i), "source": [c]} for i, c in enumerate(cells)]
+    cells = [{"cell_type": "code", "id": str(i), "source": [c]} for i, c in enumerate(cells)]
     file = folder / "lesson.ipynb"
-    file.write_text(json.dumps({"cells": sources}))
-    part = "one more than one"
-    (folder / "solutions.py").write_text(
-        f"SOLUTIONS = {{'lesson': {{'two': ({{{part!r}: 2}}, {{{part!r}: 3}})}}}}"
-    )
+    file.write_text(json.dumps({"cells": cells}))
+    (folder / "solutions.py").write_text(SOLUTIONS)
     return file
 
 
 def test_a_sound_notebook_passes_and_shows_its_last_values(tmp_path):
-    done = run(written(tmp_path, CHECK, QUESTION, "check(two)\n6 * 7"))
-    assert (done.returncode, done.stdout) == (0, "42\n" * 2), done.stderr
+    done = run(written(tmp_path, IMPORT, QUESTION, f"{CHECK}\n6 * 7"))
+    assert (done.returncode, done.stderr) == (0, "")
+    # As it stands; the wrong answer is refused before the last value; the right one.
+    assert done.stdout == "Still open: one and one.\n42\nAll right.\n42\n"
 
 
 @pytest.mark.parametrize(
     ("cells", "fault"),
     [
-        ((CHECK, QUESTION, "assert 1 == 2", "check(two)"), "cell 2"),
-        ((CHECK, QUESTION), "were checked"),
-        (("check = print", QUESTION, "check(two)"), "two passes"),
-        ((CHECK.replace("== 2", "== 4"), QUESTION, "check(two)"), "AssertionError"),
-        ((CHECK, QUESTION.replace("None", "2"), "check(two)"), "two is solved"),
+        ((IMPORT, QUESTION, "assert 1 == 2", CHECK), "lesson.ipynb, cell 2"),
+        ((IMPORT, QUESTION), "[] were checked"),
+        (("check = lambda *_: None", QUESTION, CHECK), "two passes"),
+        ((IMPORT, QUESTION, CHECK.replace("2", "4")), "think again about: one and one = 2"),
+        ((IMPORT, QUESTION.replace("None", "2"), CHECK), "two is solved"),
     ],
     ids=["a false claim", "an unchecked exercise", "passes all", "fails all", "gives it away"],
 )

@@ -62,10 +62,21 @@ def two(tmp_path_factory):
 
 
 def test_two_processes_give_the_curve_of_one(load, two):
+    assert_curve_of_one(load, two[0])
+
+
+@pytest.mark.slow
+def test_a_mesh_axis_that_crosses_processes_gives_the_curve_of_one(load, tmp_path):
+    codes, outputs = run(tmp_path / "run", 2, "--config.dcn_mesh=tensor=2")
+    assert codes == [0, 0], outputs
+    assert_curve_of_one(load, tmp_path / "run")
+
+
+def assert_curve_of_one(load, workdir):
     overrides = [o.removeprefix("--config.") for o in RUN if o.startswith("--config.")]
     expected, _ = curve(load("digits_vit:smoke", *overrides), steps=6)
     for (loss, norm), one, one_norm in zip(
-        losses(two[0]), expected["loss"], expected["grad_norm"], strict=True
+        losses(workdir), expected["loss"], expected["grad_norm"], strict=True
     ):
         assert loss == pytest.approx(one, rel=1e-5)
         assert norm == pytest.approx(one_norm, rel=1e-5)
