@@ -103,7 +103,12 @@ def _check_gpt(model: ConfigDict) -> None:
 def check_divides(config: ConfigDict, mesh: Mesh, data: Dataset) -> None:
     """The sizes that have to divide one another, in the words of the config."""
     shards, tensor = meshes.batch_shards(mesh), mesh.shape["tensor"]
-    divides("batch_size", config.batch_size, shards * config.accum, "data x fsdp x accum")
+    divides(
+        "batch_size",
+        config.batch_size,
+        shards * config.accum,
+        " x ".join((*meshes.BATCH_AXES, "accum")),
+    )
     model, chunk = config.model, config.loss.chunk
     for prefix in ("", "vision_", "text_"):
         if f"{prefix}num_heads" not in model:

@@ -422,6 +422,17 @@ def test_a_pipeline_sends_an_activation_a_tick_each_way(load, partitioner, n, mi
     assert sum(row["bytes"] for row in rest) <= 3.1 * activation, collectives.table(found)
 
 
+def test_tokens_travel_to_their_experts_and_back_in_each_layer(load):
+    """And so do their gradients; nothing of a batch is gathered."""
+    config = load("stdlib_gpt:experts,smoke", *GPT[1:], "mesh=data=2,expert=4")
+    built = experiment.build(config, devices=jax.devices())
+    *found, _ = collectives.of_experiment(built, accum=1, remat="none")
+    (travels,) = (row for row in found if row["kind"] == "all-to-all")
+    assert (travels["axis"], travels["ratio"]) == ("expert", 1.0), collectives.table(found)
+    assert travels["count"] == 4 * config.model.num_layers
+    assert not any(row["count"] for row in found if row["kind"] == "all-gather")
+
+
 def test_dp_by_shard_map_is_one_all_reduce_of_the_parameters(load):
     for accum in (1, 2):
         config = load(*GPT, "mesh=data=4", "partitioner=shard_map", f"accum={accum}")

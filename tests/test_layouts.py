@@ -171,7 +171,7 @@ def test_every_model_gives_the_one_device_steps(load, one_device_noise, name, ta
     assert_equal_steps(load, one_device_noise, name, f"rules={table}", f"mesh={mesh}")
 
 
-BY_HAND = ["mlp regression", "vit class", "gpt2", "bert"]
+BY_HAND = ["mlp regression", "vit class", "gpt2", "bert", "experts"]
 BY_HAND += ["clip", "clip chunked", "clip sigmoid", "clip sigmoid chunked", "regnet"]
 
 
@@ -201,6 +201,8 @@ MORE = [
     ("vit mean", "rules=tp", "mesh=data=2,tensor=2,sequence=2"),
     ("alexnet", "rules=one_weird_trick", "mesh=data=2,tensor=4"),
     ("regnet", "rules=one_weird_trick", "mesh=data=2,tensor=4"),
+    ("experts", "rules=dp", "mesh=data=2,expert=4"),
+    ("experts", "mesh=fsdp=2,tensor=2,expert=2"),
     ("gpt2", "rules=pp", "mesh=data=4,stage=2", *STACKED),
     ("llama", "mesh=fsdp=2,tensor=2,stage=2", "pipeline_microbatches=4", *STACKED),
     ("bert", "rules=pp", "mesh=data=2,stage=4", HAND, *STACKED),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lsdl.errors import UserError
+from lsdl.models.moe import Experts
 from lsdl.planner import hlo, tree
 from lsdl.sharding.mesh import BATCH_AXES
 from lsdl.sharding.placement import Placement
@@ -42,7 +43,8 @@ def parameters(
     further than their parameter): the gradient is reduced and scattered, (n-1)/n P, the new
     parameter gathered, (n-1)/n P. A leaf that the axes split: gathered for its use, (n-1)/n P, and
     its gradient reduced and scattered, (n-1)/n P; with `remat` those in a stack of blocks are
-    gathered again. Axes such as tensor that split the leaf and not the tokens divide P.
+    gathered again. Axes such as tensor that split the leaf and not the tokens divide P, and so
+    does expert, where the tokens come to the leaf.
 
     In `accum` microbatches gradients of split leaves are scattered in each, and the leaves of a
     scanned stack gathered in each; the others are sums that wait, and weights that stay.
@@ -62,7 +64,7 @@ def parameters(
             continue
         own = _axes(placement, sizes)
         local = placement.nbytes / math.prod(sizes[axis] for axis in own)
-        split = own & set(token_axes)
+        split = own & set(token_axes) - ({"expert"} if "experts" in placement.names else set())
         stacked = "layers" in placement.names
         again = remat and "stack" in placement.path.split("/")
         whole = local * math.prod(sizes[axis] for axis in split)
@@ -133,6 +135,17 @@ def ring_attention(key_value_bytes: float, n: int, *, layers: int, remat: bool =
     return Counter({("collective-permute", "sequence"): times * (n - 1) * key_value_bytes})
 
 
+def experts(slot_bytes: float, n: int, *, layers: int, remat: bool = False) -> Bounds:
+    """Tokens travel to their experts and back, and so do their gradients.
+
+    `slot_bytes`: those that one device sends of a layer, the slots of its sequences on all experts,
+    full or empty. With `remat` the tokens travel once more.
+    Source: Lepikhin et al. 2021, section 3.
+    """
+    times = layers * (6 if remat else 4)
+    return Counter({("all-to-all", "expert"): times * hlo.WIRE["all-to-all"](slot_bytes, n)})
+
+
 def bill(
     text: str, sizes: Mapping[str, int], *, bounds: Bounds, least_bytes: int = 0
 ) -> list[dict[str, Any]]:
@@ -195,9 +208,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def lower_bounds(experiment, *, accum: int, remat: str, microbatches: int = 0) -> Bounds:
     """What the layout of an `Experiment` needs.
 
-    For its parameters and, in transformers over tokens, for tensor, sequence and pipeline
-    parallelism, with so many `microbatches` (0: one for each stage). Nothing is said about other
-    axes.
+    For its parameters and, in transformers over tokens, for tensor, sequence, expert and pipeline
+    parallelism, with so many `microbatches` (0: one for each stage). Nothing is said about others.
     """
     sizes, placements, full = experiment.mesh.shape, experiment.placements, remat == "full"
     bounds = parameters(placements, sizes, accum=accum, remat=full)
@@ -217,6 +229,11 @@ def lower_bounds(experiment, *, accum: int, remat: str, microbatches: int = 0) -
     if (stages := sizes.get("stage", 1)) > 1:
         pieces = microbatches or stages
         bounds += pipeline(nbytes / pieces, microbatches=pieces, stages=stages)
+    if (number := getattr(module, "num_experts", 0)) and sizes.get("expert", 1) > 1:
+        length = experiment.task.units_per_example
+        own = Experts(number, module.experts_per_token, module.capacity_factor)
+        slots = number * own.capacity(length) / length  # for each token
+        bounds += experts(slots * nbytes, sizes["expert"], **stack)
     return bounds
 
 

@@ -19,7 +19,7 @@ from lsdl.sharding.mesh import BATCH_AXES
 from lsdl.sharding.rules import axes_of
 from lsdl.state import TrainState
 
-AXES = (*BATCH_AXES, "stage")  # what can be split by hand
+AXES = ("data", "fsdp", "stage")  # what can be split by hand
 
 
 class Shard(struct.PyTreeNode, nn.meta.AxisMetadata):

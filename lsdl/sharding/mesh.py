@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from lsdl.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert", "stage")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:

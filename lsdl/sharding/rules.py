@@ -22,9 +22,10 @@ ParamRules = Sequence[tuple[str, tuple[Axes, ...]]]
 
 # Roles of activations alone, and the one that a table without a rule of theirs has them follow.
 FOLLOWS = {"conv_batch": "batch", "residual_length": "length"}
-_BATCH = (("batch", BATCH_AXES), ("length", "sequence"), ("layers", "stage"))
+# What an expert takes of the batch is not split over `expert`: it has that dim.
+_ROWS = (("experts", "expert"), ("batch", BATCH_AXES), ("batch", ("data", "fsdp")))
+_BATCH = (*_ROWS, ("length", "sequence"), ("layers", "stage"))
 _ALIKE = (("conv_batch", BATCH_AXES), ("residual_length", "sequence"))
-_EXPERTS = (("experts", "expert"),)
 _WIDE = ("heads", "mlp", "vocab", "conv_out")
 _TENSOR = tuple((axis, "tensor") for axis in _WIDE)
 _FSDP = tuple((axis, "fsdp") for axis in _WIDE)
@@ -39,18 +40,17 @@ UNSPLIT = "conv_in"
 TABLES: dict[str, Rules] = {
     "dp": (*_BATCH, *_ALIKE),
     "zero1": (*_BATCH, *_ALIKE),
-    "fsdp": (*_BATCH, *_ALIKE, *_EXPERTS, ("embed", "fsdp"), *_FSDP),
+    "fsdp": (*_BATCH, *_ALIKE, ("embed", "fsdp"), *_FSDP),
     # Column, then row (Shoeybi et al. 2019): of two kernels the first is split on its outputs.
-    "tp": (*_BATCH, *_ALIKE, *_EXPERTS, *_TENSOR),
+    "tp": (*_BATCH, *_ALIKE, *_TENSOR),
     # And what lies between the pairs is split on its length (Korthikanti et al. 2022).
     "tp_sp": (
         *_BATCH,
         ("conv_batch", BATCH_AXES),
         ("residual_length", ("sequence", "tensor")),
-        *_EXPERTS,
         *_TENSOR,
     ),
-    "fsdp_tp": (*_BATCH, *_ALIKE, *_EXPERTS, ("embed", "fsdp"), *_BOTH, *_TENSOR, *_FSDP),
+    "fsdp_tp": (*_BATCH, *_ALIKE, ("embed", "fsdp"), *_BOTH, *_TENSOR, *_FSDP),
     # Convolutions see more of the batch, dense layers less of the kernel (Krizhevsky 2014).
     "one_weird_trick": (
         *_BATCH,
@@ -78,7 +78,7 @@ def table(given: str | Rules) -> Rules:
         if rule[0] == UNSPLIT and axes_of(rule[1]):
             raise UserError(f"rules has the pair {rule!r}: {LAW}")
     said = {logical for logical, _ in given}
-    rest = () if "batch" in said else (("batch", BATCH_AXES),)
+    rest = () if "batch" in said else _ROWS[1:]
     for role, other in FOLLOWS.items():
         if role not in said:
             rest += tuple((role, axes) for logical, axes in (*given, *rest) if logical == other)
