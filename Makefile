@@ -21,7 +21,7 @@ help:
 	@echo "make test-high   make test once more, on the newest Python and jax found"
 	@echo "make parity      our models against Hugging Face's, in $(PARITY); GOLDEN=1 rewrites its golden files"
 	@echo "make format      let ruff format and mend"
-	@echo "make golden      rewrite the golden curves (say why in the commit)"
+	@echo "make golden      rewrite the golden curves and shardings (say why in the commit)"
 	@echo "make clean       remove the environments and caches, never runs/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -65,7 +65,7 @@ format: $(VENV)/installed-dev
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 golden: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -q tests/test_golden.py --rewrite-golden
+	@$(BIN)/python -m pytest -q tests/test_golden.py tests/test_shardings_golden.py --rewrite-golden
 
 clean:
 	rm -rf .venv .venv-high $(PARITY) .cache .pytest_cache .ruff_cache *.egg-info

@@ -239,6 +239,11 @@ def every_task():
             for partitioner in ("jit", *(("shard_map",) if by_hand else ())):
                 yield name, (f"rules={table}", f"mesh={mesh}", f"partitioner={partitioner}", *more)
         yield name, ("rules=dp", "mesh=data=8", "partitioner=pmap")
+    for table in ("dp", "zero1", "fsdp", "tp", "tp_sp", "fsdp_tp"):
+        yield (
+            "experts",
+            (f"rules={table}", f"mesh={'tensor' if 'tp' in table else 'data'}=2,expert=4"),
+        )
 
 
 @pytest.mark.slow

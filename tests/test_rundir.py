@@ -130,7 +130,8 @@ def test_content_is_on_disk_before_it_has_the_name(tmp_path, monkeypatch):
 # The lock
 
 HOLD = """
-import sys, time
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job has it ignored
 from lsdl.rundir import RunDir
 folder = RunDir(sys.argv[1])
 folder.create()
