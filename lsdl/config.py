@@ -1,7 +1,7 @@
 """Experiment configs: load by path, override, lock, validate; durations become steps here.
 
 A config file has `get_config(arg)`, which starts from `template()`, fills it in and returns it
-locked. What the template holds is the whole schema: there is no default below this module.
+locked.
 """
 
 import ast
@@ -14,12 +14,10 @@ import runpy
 from collections.abc import Iterable
 
 from ml_collections import ConfigDict, FrozenConfigDict
-from ml_collections.config_dict import placeholder
 
 from lsdl.errors import UserError, nearest
+from lsdl.schema import DURATIONS, UNITS, template
 
-UNITS = {"steps": int, "epochs": float, "examples": int, "tokens": int, "percent": float}
-DURATIONS = ("total", "optim.schedule.warmup", "eval.every", "checkpoint.every", "log.every")
 NOT_NEGATIVE = (
     *("loss.mixup", "loss.distill_temperature", "loss.z_loss", "loss.balance"),
     "pipeline_microbatches",
@@ -32,122 +30,6 @@ RESUMABLE = re.compile(
     r"((dcn_)?mesh|(param_)?rules|partitioner|sequence_attention|pipeline_microbatches|remat|total_\w+)$"
     r"|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$"
 )
-
-
-def template() -> ConfigDict:
-    """The schema of every experiment, with the values that most of them share."""
-    config = ConfigDict()
-    config.name = ""
-    config.seed = 0
-    config.task = "classification"
-
-    config.batch_size = 128  # global batch: examples per optimizer update
-    config.accum = 1  # microbatches per update
-    config.precision = "float32"  # of the computation: float32 | bfloat16; parameters are float32
-    _durations(config, "total")
-
-    config.mesh = "data=-1"  # ordered axes, one -1 takes the devices that are left
-    config.dcn_mesh = ""  # as data=2: the part of mesh's sizes that crosses slices or nodes
-    # dp | zero1 | fsdp | tp | tp_sp | fsdp_tp | one_weird_trick | pp, or pairs (logical axis, mesh
-    # axis or axes) of one's own, the first that fits wins
-    config.rules = placeholder(object)
-    config.rules = "fsdp_tp"
-    # (regex, mesh axis or axes of each dim) of single parameters: these win over the rules
-    config.param_rules = ()
-    config.partitioner = "jit"  # jit | shard_map | pmap
-    config.sequence_attention = "ring"  # of a length that the mesh splits: ring | gather
-    config.pipeline_microbatches = 0  # that travel through the stages; 0: as many as stages
-    config.remat = "none"  # none | full | dots
-
-    config.model = ConfigDict({"name": ""})  # the other fields are the model's own
-
-    config.data = _data()
-
-    config.loss = ConfigDict()
-    config.loss.label_smoothing = 0.0  # classification
-    config.loss.mixup = 0.0  # classification: alpha of Beta(alpha, alpha); 0 turns it off
-    config.loss.distill_weight = 0.0  # classification: of the teacher's part
-    config.loss.distill_temperature = 0.0  # 0: the teacher's most probable class
-    config.loss.z_loss = 0.0  # language
-    config.loss.balance = 0.0  # language, of a mixture of experts: each layer's balance loss
-    config.loss.form = "softmax"  # contrastive: softmax | sigmoid
-    config.loss.chunk = 0  # positions, or rows, with logits in memory at one time; 0: all
-    config.init_from = ""  # a run folder or converted weights to start from
-    config.init_fresh = ""  # regex of what is not taken from there, as "head/.*"
-    config.teacher = ""  # a run folder whose model is distilled
-
-    config.optim = _optim()
-    for group in ("eval", "checkpoint", "log"):
-        config[group] = ConfigDict()
-        _durations(config[group], "every")
-    config.eval.probes = ()  # "knn", "linear": on frozen features, after training
-    config.eval.probe_shots = 0  # training examples of each class that they see; 0: all
-    # Another labelled data set that probes, and zero-shot classification, are measured on.
-    config.eval.transfer_source = ""
-    config.eval.transfer_train_split = "train"
-    config.eval.transfer_test_split = "test"
-    config.eval.transfer_transforms = ()
-    config.eval.transfer_class_names = ""  # a file with a line for each class; "": as it says
-    config.checkpoint.keep_latest = 2
-    config.checkpoint.keep_best = 1  # by the lowest valid loss
-    config.log.tensorboard = True
-    return config
-
-
-def _data() -> ConfigDict:
-    data = ConfigDict()
-    data.source = ""  # digits | wine | stdlib_text | modular:97:add | ... | tfds:NAME
-    data.mixture = ()  # (source, weight) of the training examples; (): data.source alone
-    data.train_split = "train"  # or slices of splits, in TFDS's words: "train[:90%]"
-    data.valid_split = "valid"
-    data.test_split = "test"
-    data.train_examples = placeholder(int)  # for a set without a card, and for text
-    data.valid_examples = placeholder(int)
-    data.test_examples = placeholder(int)
-    data.sampling = "epoch"  # epoch: a permutation each epoch | replace: independent draws
-    data.transforms = ()  # of training examples, in this order: "shift:1", "flip", ...
-    data.eval_transforms = ()  # of every other example, as "center_crop:224"
-    data.label_noise = 0.0  # share of the training labels that are drawn at random
-    data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model; "": given later
-    data.seq_len = 0  # tokens of a window of text, or of a caption; 0 without text
-    data.segments = False  # windows say which of their documents a token belongs to
-    data.in_memory_mib = 256  # a split up to this size is decoded once and kept
-    data.prefetch = 2  # batches made and sent to the devices ahead of the step
-    return data
-
-
-def _optim() -> ConfigDict:
-    optim = ConfigDict()
-    optim.name = "adamw"  # sgd | adam | adamw | lars | lamb
-    optim.momentum = 0.9  # sgd, lars
-    optim.nesterov = False  # sgd, lars
-    optim.b1 = 0.9  # adam, adamw, lamb
-    optim.b2 = 0.999
-    optim.eps = 1e-8
-    optim.trust_coefficient = 0.001  # lars
-    optim.weight_decay = 0.0
-    optim.clip_norm = 0.0  # global norm of the gradient; 0 turns clipping off
-    # (regex, value) in order, the first match wins, every parameter must match one
-    optim.decay_mask = ((r".*/(bias|scale)", False), (r".*", True))
-    optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars, lamb
-    optim.schedule = ConfigDict()
-    # constant | warmup_cosine | step | exponential | polynomial
-    optim.schedule.name = "warmup_cosine"
-    optim.schedule.peak = 1e-3
-    optim.schedule.start_factor = 0.0  # first rate of the warm-up / peak
-    # last rate / peak (warmup_cosine, exponential, polynomial)
-    optim.schedule.end_factor = 0.0
-    optim.schedule.power = 2.0  # polynomial
-    optim.schedule.boundaries_percent = (50.0, 75.0)  # of the run (step)
-    optim.schedule.step_factor = 0.1  # at each boundary (step)
-    _durations(optim.schedule, "warmup")
-    return optim
-
-
-def _durations(group: ConfigDict, name: str) -> None:
-    for unit, kind in UNITS.items():
-        if (name, unit) != ("total", "percent"):
-            group[f"{name}_{unit}"] = placeholder(kind)
 
 
 def parse_arg(arg: str | None, *choices: str) -> set[str]:
