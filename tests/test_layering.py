@@ -46,7 +46,7 @@ LEVELS = [
     ],
     ["checks", "components", "evaluation", "experiment"],
     ["loop", "checkup"],
-    [],
+    ["studies.claim"],
     ["train", "plan", "convert", "generate", "doctor"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
