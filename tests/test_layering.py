@@ -46,7 +46,11 @@ LEVELS = [
     ],
     ["checks", "components", "evaluation", "experiment"],
     ["loop", "checkup"],
-    ["studies.claim"],
+    [
+        "studies.claim",
+        *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
+        "studies.lars_norms",
+    ],
     ["train", "plan", "convert", "generate", "doctor"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
