@@ -50,6 +50,8 @@ LEVELS = [
         "studies.claim",
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
         "studies.lars_norms",
+        *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
+        *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
     ],
     ["train", "plan", "convert", "generate", "doctor"],
 ]
