@@ -95,16 +95,15 @@ class Figure:
         self._draw(file, "svg")
         text = re.sub(r"<metadata>.*?</metadata>\s*", "", file.getvalue(), flags=re.S)
         text = text[text.index("<svg") :].strip()
-        prefix = prefix or "f" + hashlib.sha256(text.encode()).hexdigest()[:10]
-        used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
-        text = re.sub(
-            r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text
+        # What a style element says of all elements would hold for the whole page.
+        rules = re.findall(r"<style[^>]*>\*\{(.*?)\}</style>", text)
+        text = re.sub(r"<style.*?</style>", "", text).replace(
+            "<svg ", f'<svg style="{rules[0]}" ', 1
         )
-        text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", text)
         text = text.replace("'DejaVu Sans'", FONT)
+        text = _renamed(text, prefix or "f" + hashlib.sha256(text.encode()).hexdigest()[:10])
         if themed:
-            for colour, name in THEME.items():
-                text = text.replace(colour, f"var(--{name}, {colour})")
+            text = _themed(text)
         words = f"<title>{html.escape(self.title)}</title>"
         words += f"<desc>{html.escape(self.alt)}</desc>" if self.alt else ""
         label = html.escape(self.title or "figure", quote=True)
@@ -137,6 +136,22 @@ class Figure:
                 drawing.suptitle(self.title, x=0.01, ha="left", weight="bold", size=12)
             fixed = {"metadata": {"Date": None}} if kind == "svg" else {"metadata": {}}
             drawing.savefig(file, format=kind, bbox_inches="tight", dpi=160, **fixed)
+
+
+def inline(svg: str, prefix: str) -> str:
+    """A saved figure as one of several in a page that says what ink and paper are."""
+    return _themed(_renamed(svg[svg.index("<svg") :].strip(), prefix))
+
+
+def _renamed(svg: str, prefix: str) -> str:
+    """Ids start with `prefix`; those that nothing refers to are left out."""
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", svg)
+    return re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
+
+
+def _themed(svg: str) -> str:
+    return re.sub("|".join(THEME), lambda m: f"var(--{THEME[m[0]]}, {m[0]})", svg)
 
 
 def panels(figures: Sequence[Figure], *, title: str = "", alt: str = "") -> Figure:

@@ -131,7 +131,7 @@ class RunDir:
     def write_config(self, *, source: str, overrides: dict, fields: dict, changes: dict) -> None:
         """Store the resolved config; a resume that changes fields appends to its history."""
         stored = self.read_config() or {"history": []}
-        entry = {"time": _now(), "overrides": overrides}
+        entry = {"time": now(), "overrides": overrides}
         if changes:
             entry["changes"] = {field: list(pair) for field, pair in changes.items()}
         if changes or not stored["history"]:
@@ -149,7 +149,7 @@ class RunDir:
     def write_env(self, *, devices: dict) -> None:
         """Record the versions, machine, devices and commit; a resume's go below `resumed`."""
         env = {
-            "time": _now(),
+            "time": now(),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "python": platform.python_version(),
             "versions": versions(),
@@ -200,5 +200,6 @@ def write_json(path: Path, value: dict) -> None:
     os.replace(partial, path)
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time()))

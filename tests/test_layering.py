@@ -20,6 +20,7 @@ LEVELS = [
         "metrics",
         "progress",
         "plots",
+        "page",
         "rundir",
         "rendezvous",
         "diagnosis",
@@ -46,7 +47,7 @@ LEVELS = [
         "analysis.parameter_server",
     ],
     ["checks", "components", "evaluation", "experiment"],
-    ["loop", "checkup"],
+    ["loop", "checkup", "reporting"],
     [
         "studies.claim",
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
@@ -54,7 +55,8 @@ LEVELS = [
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
     ],
-    ["train", "plan", "convert", "generate", "doctor"],
+    ["laboratory"],
+    ["train", "plan", "convert", "generate", "doctor", "study", "report"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 ORDER = {module: i for i, module in enumerate(itertools.chain.from_iterable(LEVELS))}
@@ -76,7 +78,7 @@ DOORS = {
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
     "ml_collections": {"schema", "config", "checks", "components", "evaluation", "experiment"},
     "matplotlib": {"plots"},
-    "argparse": {"train", "plan", "convert", "generate", "doctor"},
+    "argparse": set(LEVELS[-1]),
 }
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

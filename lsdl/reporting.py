@@ -1,0 +1,488 @@
+"""Reports: run folders, or a study's folder, as one self-contained HTML page.
+
+Read are `config.json`, `env.json`, `metrics.jsonl` and `plan.json` of runs; of a study its
+`verdict.json`, `table.csv` and figures. Nothing of them is executed.
+"""
+
+import csv
+import json
+import math
+import statistics
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsdl import page, plots
+from lsdl.errors import UserError
+from lsdl.metrics import read_rows
+from lsdl.page import Markup, element
+from lsdl.rundir import RunDir
+
+MOST_POINTS = 400  # of a curve; more are averaged in groups
+MOST_ROWS = 500  # of a study's table
+MOST_LINES = 12  # of a figure of layers
+NO_METRIC = {"step", "split", "examples_seen", "step_time_s", "examples_per_s", "learning_rate"}
+NO_METRIC |= {"examples", "tokens", "pairs"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder holds."""
+
+    path: Path
+    fields: Mapping
+    source: str
+    env: Mapping
+    plan: Mapping
+    rows: Mapping[str, Sequence[Mapping]]  # by split
+
+    @property
+    def last_step(self) -> int:
+        return max((row["step"] for rows in self.rows.values() for row in rows), default=0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    runs: Sequence[Run]
+
+
+Table = tuple[list[float], list[float], list[float], list[float]]
+
+
+def read_run(path: Path) -> Run:
+    """The run in the folder `path`; `UserError` if there is none."""
+    folder = RunDir(path)
+    stored = folder.read_config()
+    if stored is None:
+        raise UserError(f"{path} holds no run: give a folder that lsdl.train has written.")
+    rows = defaultdict(list)
+    try:
+        for row in read_rows(folder.metrics):
+            rows[row["split"]].append(row)
+        others = [folder.env, folder.path / "plan.json"]
+        env, plan = (json.loads(f.read_text()) if f.exists() else {} for f in others)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not as lsdl writes it ({error!r}): mend it.") from error
+    return Run(Path(path), stored["config"], stored["source"], env, plan, dict(rows))
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Groups of runs that differ in their seed alone, each called by what it differs in."""
+    groups = defaultdict(list)
+    for run in runs:
+        fields = {k: v for k, v in run.fields.items() if k != "seed"}
+        groups[json.dumps(fields, sort_keys=True)].append(run)
+    different = [f for f in differences(runs) if f not in ("seed", "name")]
+    labels = []
+    for members in groups.values():
+        first, words = members[0], [members[0].fields["name"]]
+        for field in different[:3]:
+            words.append(f"{field.split('.')[-1]}={_brief(first.fields.get(field))}")
+        label = " ".join(words)
+        labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
+    return [Group(label, runs) for label, runs in zip(labels, groups.values(), strict=True)]
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """The config fields in which the runs differ."""
+    fields = dict.fromkeys(field for run in runs for field in run.fields)
+    return [f for f in fields if len({json.dumps(run.fields.get(f)) for run in runs}) > 1]
+
+
+def curve(group: Group, split: str, name: str) -> Table | None:
+    """Steps, and the mean, lowest and highest over the seeds; None if there are no values."""
+    return _curve(group, split, lambda row: row.get(name))
+
+
+def _curve(group: Group, split: str, value) -> Table | None:
+    columns = []
+    for run in group.runs:
+        found = {row["step"]: value(row) for row in run.rows.get(split, ())}
+        columns.append({step: y for step, y in found.items() if isinstance(y, int | float)})
+    columns = [column for column in columns if column]
+    if not columns:
+        return None
+    steps = sorted(set.intersection(*(set(column) for column in columns)))
+    steps = steps or sorted(set.union(*(set(column) for column in columns)))
+    size = math.ceil(len(steps) / MOST_POINTS)
+    table = []
+    for i in range(0, len(steps), size):
+        some = steps[i : i + size]
+        means = [
+            statistics.fmean(column[s] for s in some if s in column)
+            for column in columns
+            if any(s in column for s in some)
+        ]
+        table.append((some[-1], statistics.fmean(means), min(means), max(means)))
+    return tuple(map(list, zip(*table, strict=True)))
+
+
+def runs_page(folders: Sequence[Path], *, title: str = "") -> str:
+    """Curves, norms, throughput, results, config differences and environments of the runs."""
+    runs = [read_run(Path(folder)) for folder in folders]
+    groups = grouped(runs)
+    title = title or ", ".join(dict.fromkeys(run.fields["name"] for run in runs))
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    lead = f"{count} in {len(groups)} group{'s' * (len(groups) > 1)}"
+    note = "A line is the mean over the seeds of a group, the band its lowest and highest."
+    figures = _Figures()
+    return page.document(
+        title,
+        element("p", lead, class_="lead"),
+        element("p", note, class_="quiet") if len(runs) > len(groups) else "",
+        page.section("Results", _results(groups)),
+        page.section("Curves", *figures.of(_metric_figures(groups))),
+        page.section("Schedule", *figures.of(_schedule_figures(groups))),
+        page.section("Norms", *figures.of(_norm_figures(groups))),
+        page.section("Throughput", *figures.of(_throughput_figures(groups))),
+        page.section("Memory", *_memory(groups, figures)),
+        page.section("What differs", _differences(runs)),
+        page.section("Environment", _environments(runs)),
+    )
+
+
+class _Figures:
+    """Numbers the figures of one page, so that no two share an id."""
+
+    def __init__(self):
+        self.count = 0
+
+    def of(self, figures) -> Iterator[Markup]:
+        for figure in figures:
+            self.count += 1
+            svg = figure.svg(prefix=f"g{self.count}", themed=True)
+            yield page.figure(svg, many=len(figure.contents) > 1)
+
+
+def _lines(groups, split: str, name: str, **options) -> plots.Figure | None:
+    found = {group.label: curve(group, split, name) for group in groups}
+    found = {label: table for label, table in found.items() if table}
+    return plots.lines(found, x="step", **options) if found else None
+
+
+def _metric_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
+    rows = [row for g in groups for run in g.runs for row in run.rows.get("valid", ())]
+    names = [n for n in dict.fromkeys(n for row in rows for n in row) if n not in NO_METRIC]
+    for name in sorted(names or ["loss"], key=("loss", "accuracy", *names).index):
+        told = name.replace("_", " ")
+        if len(groups) == 1:
+            found = {split: curve(groups[0], split, name) for split in ("train", "valid")}
+            found = {split: table for split, table in found.items() if table}
+            alt = f"{told} by step, training and validation"
+            if found:
+                yield plots.lines(found, title=told.capitalize(), x="step", y=told, alt=alt)
+            continue
+        pair = [
+            _lines(groups, split, name, title=f"{word} {told}", y=told)
+            for split, word in (("train", "Training"), ("valid", "Validation"))
+        ]
+        pair = [figure for figure in pair if figure]
+        if pair:
+            yield plots.panels(pair, alt=f"{told} by step, a line for each group of runs")
+
+
+def _schedule_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
+    rate = _lines(groups, "train", "learning_rate", title="Learning rate", y="learning rate")
+    sizes = {}
+    for group in groups:
+        if table := curve(group, "train", "examples_seen"):
+            steps, seen = [0, *table[0]], [0, *table[1]]
+            pairs = range(1, len(steps))
+            size = [(seen[i] - seen[i - 1]) / (steps[i] - steps[i - 1]) for i in pairs]
+            sizes[group.label] = (steps[1:], size)
+    size = plots.lines(sizes, title="Batch size", x="step", y="examples a step") if sizes else None
+    if both := [figure for figure in (rate, size) if figure]:
+        yield plots.panels(both, alt="Learning rate and batch size by step")
+
+
+def _norm_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
+    titles = {"grad_norm": "Gradient", "update_norm": "Update", "param_norm": "Parameters"}
+    found = [
+        _lines(groups, "train", name, title=title, y="norm", logy=True)
+        for name, title in titles.items()
+    ]
+    if found := [figure for figure in found if figure]:
+        yield plots.panels(found, alt="Norms of gradient, update and parameters by step")
+    for group in groups:
+        names = dict.fromkeys(
+            n for run in group.runs for row in run.rows.get("train", ()) for n in row if "/" in n
+        )
+        parts = defaultdict(dict)
+        for name in names:
+            if table := curve(group, "train", name):
+                what, _, layer = name.partition("/")
+                parts[what][layer] = table
+        for what, layers in parts.items():
+            shown = dict(list(layers.items())[:MOST_LINES])
+            title = f"{what.replace('_', ' ').capitalize()} by layer, {group.label}"
+            yield plots.lines(shown, title=title, x="step", y=what, logy=True)
+
+
+def _throughput_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
+    found = [
+        _lines(groups, "train", "examples_per_s", title="Throughput", y="examples/s"),
+        _lines(groups, "train", "step_time_s", title="Step time", y="seconds", logy=True),
+    ]
+    if found := [figure for figure in found if figure]:
+        yield plots.panels(found, alt="Examples per second and seconds per step")
+
+
+def _memory(groups: Sequence[Group], figures: _Figures) -> Iterator[Markup]:
+    found, rows = {}, []
+    is_memory = lambda name: "bytes" in name or "gib" in name  # noqa: E731
+    for group in groups:
+        for run in group.runs:
+            names = [n for row in run.rows.get("train", ()) for n in row if is_memory(n)]
+            for name in dict.fromkeys(names):
+                found[f"{group.label} {name}"] = curve(group, "train", name)
+            for holder in (run.env, run.plan):
+                rows += [
+                    (str(run.path), name, f"{value:,}")
+                    for name, value in holder.items()
+                    if is_memory(name) and isinstance(value, int | float)
+                ]
+    if found:
+        figure = plots.lines(found, title="Memory", x="step", y="as recorded")
+        yield from figures.of([figure])
+    if rows:
+        yield page.table(("run", "quantity", "value"), rows)
+    if not found and not rows:
+        told = "None of these runs recorded memory. Before a run, python -m lsdl.plan counts it."
+        yield element("p", told)
+
+
+def _results(groups: Sequence[Group]) -> Markup:
+    """The newest row of each split, mean and spread over seeds, and the gap of test and train."""
+    splits = {"train_eval": "train", "valid": "valid", "test": "test"}
+    names, lines = [], []
+    for group in groups:
+        last = {
+            split: [run.rows[split][-1] for run in group.runs if run.rows.get(split)]
+            for split in splits
+        }
+        if not any(last.values()):
+            last["train"] = [run.rows["train"][-1] for run in group.runs if run.rows.get("train")]
+        for split, rows in last.items():
+            values = defaultdict(list)
+            for row in rows:
+                for name in row.keys() - NO_METRIC - {n for n in row if n.endswith("_norm")}:
+                    values[name].append(row[name])
+            names += [name for name in sorted(values) if name not in names]
+            if rows:
+                step = max(row["step"] for row in rows)
+                told = splits.get(split, "train, last step")
+                lines.append((group.label, told, f"{step:,}", len(rows), values))
+        if last["train_eval"] and last["test"]:
+            pairs = [r for r in group.runs if r.rows.get("train_eval") and r.rows.get("test")]
+            gaps = defaultdict(list)
+            for run in pairs:
+                train, test = run.rows["train_eval"][-1], run.rows["test"][-1]
+                for name in (train.keys() & test.keys()) - NO_METRIC:
+                    gaps[name].append(test[name] - train[name])
+            lines.append((group.label, "gap: test - train", "", len(pairs), gaps))
+    names.sort(key=lambda name: ("loss", "accuracy", *names).index(name))
+    rows = [(*head, *(_spread(values.get(n, ())) for n in names)) for *head, values in lines]
+    if not rows:
+        return element("p", "Nothing is measured yet.")
+    return page.table(("group", "split", "step", "runs", *names), rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def _differences(runs: Sequence[Run]) -> Markup:
+    fields = differences(runs)
+    if not fields:
+        return element("p", "One config, printed in config.json of the run folder.")
+    rows = [(str(run.path), *(_brief(run.fields.get(f)) for f in fields)) for run in runs]
+    return page.table(("run", *fields), rows)
+
+
+def _environments(runs: Sequence[Run]) -> Markup:
+    rows = []
+    for run in runs:
+        env, devices = run.env, run.env.get("devices", {})
+        kinds = ", ".join(map(str, devices.get("kinds", ())))
+        versions = ", ".join(f"{k} {v}" for k, v in env.get("versions", {}).items())
+        rows.append(
+            (
+                str(run.path),
+                f"{run.last_step:,}",
+                f"{devices.get('count', '?')} x {kinds}, {devices.get('processes', '?')} process",
+                f"Python {env.get('python', '?')}, {versions}",
+                str(env.get("platform", "?")),
+                str(env.get("commit") or "none")[:12],
+                str(env.get("time", "?")),
+                len(env.get("resumed", ())),
+            )
+        )
+    head = ("run", "steps", "devices", "versions", "platform", "commit", "started", "resumed")
+    commands = [" ".join(map(str, run.env.get("command", ()))) for run in runs]
+    listed = [element("pre", command) for command in commands if command]
+    return Markup(page.table(head, rows, cards=True) + page.details("Commands", *listed))
+
+
+def _brief(value: object, most: int = 60) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+# Studies
+
+
+def is_study(folder: Path) -> bool:
+    return (Path(folder) / "verdict.json").exists()
+
+
+def read_verdict(folder: Path) -> dict:
+    file = Path(folder) / "verdict.json"
+    try:
+        verdict = json.loads(file.read_text())
+        verdict["study"], [claim["holds"] for claim in verdict["claims"]]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not what a study writes ({error!r}).") from error
+    return verdict
+
+
+def study_page(folder: Path) -> str:
+    """The claims and how they stand, the figures, the table, and what to run at full scale."""
+    folder, verdict = Path(folder), read_verdict(folder)
+    claims = verdict["claims"]
+    held = sum(claim["holds"] for claim in claims)
+    lead = f"{held} of {len(claims)} claims hold."
+    figures = []
+    for number, name in enumerate(verdict.get("figures", ()), 1):
+        svg = _trusted(folder / "figures" / f"{Path(name).name}.svg")
+        lost = element("p", f"The figure {name} is missing or not as lsdl.plots saves it.")
+        inline = plots.inline(svg, f"g{number}") if svg else ""
+        figures.append(page.figure(inline, many=len(inline) > 40_000) if svg else lost)
+    return page.document(
+        verdict["study"].replace("_", " "),
+        element("p", verdict.get("claim", ""), class_="lead"),
+        element("p", verdict.get("source", ""), class_="quiet"),
+        page.section("Verdict", element("p", lead), _claims(claims)),
+        page.section("Figures", *figures),
+        page.section("Measurements", *_measurements(folder / "table.csv")),
+        page.section("At full scale", *_full_scale(verdict.get("full_scale", ()))),
+        page.section("How it was measured", _provenance(verdict)),
+    )
+
+
+def _claims(claims: Sequence[Mapping]) -> Markup:
+    rows = []
+    for claim in claims:
+        spread = "" if claim["n"] < 2 else f" ± {_number(claim['spread'])}"
+        text = Markup(
+            element("div", claim["text"])
+            + element("div", element("code", claim["id"]), " · ", claim["source"], class_="quiet")
+        )
+        holds = bool(claim["holds"])
+        word = page.mark("holds" if holds else "does not hold", holds)
+        measured = _number(claim["measured"]) + spread
+        rows.append((word, text, measured, claim["expected"], claim["n"]))
+    return page.table(("verdict", "claim", "measured", "expected", "n"), rows, cards=True)
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.5g}"
+
+
+def _measurements(file: Path) -> Iterator[Markup]:
+    if not file.exists():
+        return
+    with open(file, newline="") as lines:
+        head, *rows = list(csv.reader(lines)) or [[]]
+    shown = [[_brief(_short(cell), 40) for cell in row] for row in rows[:MOST_ROWS]]
+    rest = f", the first {MOST_ROWS} of them here" if len(rows) > MOST_ROWS else ""
+    told = f"{len(rows)} rows{rest}; table.csv has every digit."
+    body = [element("p", told, class_="quiet"), page.table(head, shown)]
+    yield (
+        page.details(f"The table of {len(rows)} cells", *body)
+        if len(rows) > 12
+        else Markup("".join(body))
+    )
+
+
+def _short(text: str) -> str:
+    try:
+        return f"{float(text):.5g}" if "." in text or "e" in text else text
+    except ValueError:
+        return text
+
+
+def _full_scale(entries: Sequence[Mapping]) -> Iterator[Markup]:
+    for entry in entries:
+        name = element("strong", entry["id"])
+        published = f" published: {entry['published']}" if entry["published"] else ""
+        yield element("p", name, " ", entry["settings"], published)
+        if entry["command"]:
+            yield element("pre", entry["command"])
+
+
+def _provenance(verdict: Mapping) -> Markup:
+    names = ("scale", "seeds", "cells", "measured_s", "time", "commit", "commits", "python")
+    facts = {name: verdict[name] for name in names if name in verdict}
+    if "measured_s" in facts:
+        facts["measured_s"] = f"{facts['measured_s']:.1f}"
+    if "commits" in facts:
+        facts["commits"] = ", ".join(c[:12] for c in facts["commits"])
+    versions = ", ".join(f"{k} {v}" for k, v in verdict.get("versions", {}).items())
+    facts |= {"versions": versions, "platform": verdict.get("platform", "")}
+    return page.facts(facts | {"CPU cores": verdict.get("cpu_count", "")})
+
+
+TAGS = {"svg", "title", "desc", "g", "defs", "path", "use", "text", "tspan", "rect", "line"}
+TAGS |= {"circle", "ellipse", "polygon", "polyline", "clipPath", "image"}
+NAMESPACE = "{http://www.w3.org/2000/svg}"
+LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def _trusted(file: Path) -> str | None:
+    """The figure in `file` if it draws and does nothing else: no script, no link, no style."""
+    try:
+        text = file.read_text()
+        root = None if "<!" in text else ET.fromstring(text)
+    except (OSError, UnicodeDecodeError, ET.ParseError):
+        return None
+    if root is None or root.tag != f"{NAMESPACE}svg":
+        return None
+    for node in root.iter():
+        if node.tag.removeprefix(NAMESPACE) not in TAGS or not node.tag.startswith(NAMESPACE):
+            return None
+        for name, value in node.attrib.items():
+            link = name in (LINK, "href") and not value.startswith(("#", "data:image/png;base64,"))
+            far = "url(" in value.replace("url(#", "") or "\\" in value
+            if link or far or name.startswith("on"):
+                return None
+    return text
+
+
+def index_page(folders: Sequence[Path], *, failed: Mapping[str, object]) -> str:
+    """The studies in `folders`, side by side, each with a link to its report."""
+    rows = []
+    for folder in map(Path, folders):
+        verdict = read_verdict(folder)
+        claims = verdict["claims"]
+        held = sum(claim["holds"] for claim in claims)
+        name = element("a", verdict["study"], href=f"{folder.name}/report.html")
+        text = Markup(
+            element("div", name) + element("div", verdict.get("claim", ""), class_="quiet")
+        )
+        lost = ", ".join(claim["id"] for claim in claims if not claim["holds"])
+        word = page.mark(f"{held} of {len(claims)} hold", held == len(claims))
+        rows.append((text, word, lost, f"{verdict.get('measured_s', 0):.1f}"))
+    rows += [(name, page.mark("failed", False), repr(why), "") for name, why in failed.items()]
+    lead = "Each claim was written down with its bound before it was measured."
+    head = ("study", "claims", "which do not hold", "seconds")
+    return page.document(
+        "Studies", element("p", lead, class_="lead"), page.table(head, rows, cards=True)
+    )
