@@ -20,6 +20,7 @@ def get_config(arg=None):
     config.model.name = "mlp"
     config.model.hidden = (240, 240)
     config.model.activation = "relu"
+    config.model.norm = "none"
     config.model.dropout = 0.1
 
     config.optim.name = "adamw"

@@ -25,6 +25,7 @@ def get_config(arg=None):
     config.model.name = "mlp"
     config.model.hidden = (100,)
     config.model.activation = "elu"
+    config.model.norm = "none"
     config.model.dropout = 0.0
 
     config.optim.name = "sgd" if optimizer == "momentum" else optimizer

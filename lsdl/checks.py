@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from lsdl.data.dataset import Dataset
 from lsdl.errors import UserError, nearest
-from lsdl.models import alexnet, gpt, resnet, vit
+from lsdl.models import alexnet, gpt, mlp, resnet, vit
 from lsdl.models.layers import ACTIVATIONS
 from lsdl.sharding import mesh as meshes
 
@@ -18,6 +18,7 @@ CHOICES = {  # of model fields
     "form": gpt.FORMS,
     **resnet.WORDS,
 }
+OF_MLP = {"norm": mlp.NORMS}  # where its words are others
 POSITIVE = (
     *("width", "num_layers", "num_heads", "mlp_dim", "patch", "embed_dim", "max_length"),
     "group_width",
@@ -35,7 +36,7 @@ def check_ranges(model: ConfigDict) -> None:
     for name in ("hidden", "depths", "widths"):
         if name in model and any(not isinstance(n, int) or n < 1 for n in model[name]):
             raise UserError(f"model.{name}={model[name]} must hold numbers of at least 1.")
-    for name, choices in CHOICES.items():
+    for name, choices in (CHOICES | (OF_MLP if model.name == "mlp" else {})).items():
         if name in model and isinstance(model[name], str):
             choice(f"model.{name}", model[name], choices)
     for name in ("dropout", "drop_path"):

@@ -5,7 +5,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from lsdl import checks, components, evaluation
 from lsdl import step as steps
 from lsdl.checkpoint import check_weights, with_shardings
-from lsdl.config import duration_steps, from_json
+from lsdl.config import duration_steps, from_json, load
 from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.errors import UserError
@@ -35,6 +35,7 @@ class Experiment:
     """A run, ready to be traced: programs and numbers, no arrays and no settings."""
 
     name: str
+    seed: int
     mesh: Mesh | AbstractMesh
     module: nn.Module
     task: Any
@@ -53,6 +54,7 @@ class Experiment:
     teacher: Path | None  # checkpoints of the model whose outputs are distilled
     train_step: partition.Program  # (state, batch) -> (state, metrics)
     eval_step: partition.Program  # (state, batch) -> sums
+    whole_run: partition.Program  # (key, rates_T, batches_T) -> (state, metrics_T), on one device
     train_loader: Callable[[], Loader]
     eval_loader: Callable[[str], Loader]  # of a split: train | valid | test
     evaluators: tuple[Callable, ...]  # (state, eval_loader, split) -> metrics
@@ -130,10 +132,14 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     seed = config.seed
 
     init = jax.jit(lambda: nn.unbox(make_init(jax.random.key(seed))), out_shardings=shardings)
+    prepare = steps.make_prepare(task)
+    grads = steps.make_grads(
+        module.apply, task, accum=config.accum, teacher=teacher and teacher.apply
+    )
     train_step = partition.partition(
         config.partitioner,
-        steps.make_prepare(task),
-        steps.make_grads(module.apply, task, accum=config.accum, teacher=teacher and teacher.apply),
+        prepare,
+        grads,
         steps.make_update(tx, schedule),
         shardings=shardings,
         gradients=gradients,
@@ -145,6 +151,14 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         out_shardings=NamedSharding(mesh, P()),
         **placed,
     )
+    whole_run = steps.make_run(
+        prepare,
+        grads,
+        lambda schedule: components.make_optimizer(config, schedule),
+        lambda tx, key: nn.unbox(
+            steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)(key)
+        ),
+    )
     spec = task.spec(batch_size)
     loader = functools.partial(Loader, spec=spec, batch_size=batch_size, sharding=batch_sharding)
     train_data = dict(
@@ -155,6 +169,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
 
     return Experiment(
         name=config.name,
+        seed=seed,
         mesh=mesh,
         module=module,
         task=task,
@@ -176,6 +191,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         teacher=teacher_weights,
         train_step=train_step,
         eval_step=eval_step,
+        whole_run=partition.program(whole_run, mesh=None, rules=(), precision=config.precision),
         train_loader=lambda: loader(
             data.reader("train"), transforms=data.transforms("train"), train=True, **train_data
         ),
@@ -231,6 +247,12 @@ ALONE = {
     "eval.probes": (),
     "eval.transfer_source": "",
 }
+
+
+def opened(path: str, overrides: Mapping[str, Any]) -> Experiment:
+    """The experiment of the config file `path` with {field: value} overrides, on one device."""
+    given = [f"--config.{field}={value}" for field, value in overrides.items()]
+    return build(load(path, given)[0], devices=jax.devices()[:1])
 
 
 def reopen(fields: dict) -> Experiment:

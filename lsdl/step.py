@@ -126,6 +126,31 @@ def make_update(
     return update
 
 
+def make_run(
+    prepare: Callable,
+    grads: Callable,
+    make_tx: Callable[[optax.Schedule], optax.GradientTransformationExtraArgs],
+    make_state: Callable[[optax.GradientTransformation, jax.Array], TrainState],
+) -> Callable[[jax.Array, jax.Array, Batch], tuple[TrainState, Metrics]]:
+    """`run(key, rates_T, batches_T) -> (state, metrics_T)`: a whole training as one program.
+
+    The very steps that a partitioner runs one by one, for one device. The learning rates are
+    arguments, so that runs that differ in seed and schedule alone share a compilation.
+    """
+
+    def run(key: jax.Array, rates_T: jax.Array, batches_T: Batch) -> tuple[TrainState, Metrics]:
+        schedule = lambda step: rates_T[step]  # noqa: E731
+        tx = make_tx(schedule)
+        update = make_update(tx, schedule)
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return update(state, grads(state, prepare(batch, state)))
+
+        return lax.scan(step, make_state(tx, key), batches_T)
+
+    return run
+
+
 def make_eval_step(apply: Callable, task) -> Callable[[TrainState, Batch], Mapping]:
     """`eval_step(state, batch) -> {"loss", "weight", metrics...}`, summed over the batch."""
 

@@ -381,7 +381,7 @@ def test_group_and_layer_norm_are_their_formula(kind):
         @nn.compact
         def __call__(self, x):
             mode = dict(train=True, axis_name=None, dtype=jnp.float32)
-            return layers.image_norm(kind, x.shape[-1], **mode, name="norm")(x)
+            return layers.feature_norm(kind, x.shape[-1], **mode, name="norm")(x)
 
     x = 3 * images(2, (5, 4, 12)) + 1
     params = values(Norm(), x)["params"]
@@ -399,7 +399,7 @@ def test_group_and_layer_norm_are_their_formula(kind):
 )
 def test_group_norm_has_32_groups_where_each_has_two_channels(channels, groups):
     mode = dict(train=True, axis_name=None, dtype=jnp.float32, name="norm")
-    assert layers.image_norm("group", channels, **mode).num_groups == groups
+    assert layers.feature_norm("group", channels, **mode).num_groups == groups
 
 
 @pytest.mark.parametrize(("std", "expected"), [(0.01, 0.01), (0.0, 1 / np.sqrt(64))])

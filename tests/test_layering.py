@@ -44,14 +44,14 @@ LEVELS = [
     ["step"],
     [
         *("planner.count", "planner.tree", "planner.totals", "planner.hlo", "planner.collectives"),
-        "analysis.parameter_server",
+        *("analysis.parameter_server", "analysis.batch_statistics"),
     ],
     ["checks", "components", "evaluation", "experiment"],
-    ["loop", "checkup", "reporting"],
+    ["loop", "checkup", "sweep", "reporting"],
     [
         "studies.claim",
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
-        "studies.lars_norms",
+        *("studies.lars_norms", "studies.large_batch", "studies.batch_ramp"),
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
     ],
@@ -116,7 +116,7 @@ def breaks(module, imported):
     if LEVEL[imported] != LEVEL[module]:
         return LEVEL[imported] > LEVEL[module]
     same_package = "." in module and module.split(".")[0] == imported.split(".")[0]
-    listed = same_package or LEVELS[LEVEL[module]] in (LEVELS[0], LEVELS[4])
+    listed = same_package or LEVELS[LEVEL[module]] in (LEVELS[0], LEVELS[4], LEVELS[5])
     return not (listed and ORDER[imported] < ORDER[module])
 
 

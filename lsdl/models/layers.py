@@ -222,6 +222,7 @@ def batch_norm(
     eps: float = 1e-5,
     momentum: float = 0.9,
     scale_init: Callable = nn.initializers.ones,
+    axis: str = "conv_out",
 ) -> nn.BatchNorm:
     """Batch normalisation over the **global** batch (Ioffe and Szegedy 2015).
 
@@ -234,30 +235,35 @@ def batch_norm(
         epsilon=eps,
         axis_name=axis_name if train else None,
         dtype=dtype,
-        scale_init=nn.with_logical_partitioning(scale_init, ("conv_out",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
+        scale_init=nn.with_logical_partitioning(scale_init, (axis,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axis,)),
         name=name,
     )
 
 
 def group_norm(
-    groups: int, *, dtype: Dtype, name: str, scale_init: Callable = nn.initializers.ones
+    groups: int,
+    *,
+    dtype: Dtype,
+    name: str,
+    scale_init: Callable = nn.initializers.ones,
+    axis: str = "conv_out",
 ) -> nn.GroupNorm:
     """Normalisation of an image's channels in `groups`, over all its positions (Wu and He 2018)."""
     return nn.GroupNorm(
         num_groups=groups,
         epsilon=1e-5,
         dtype=dtype,
-        scale_init=nn.with_logical_partitioning(scale_init, ("conv_out",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
+        scale_init=nn.with_logical_partitioning(scale_init, (axis,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axis,)),
         name=name,
     )
 
 
-def image_norm(
+def feature_norm(
     kind: str, channels: int, *, train: bool, axis_name: str | None, **fields
 ) -> nn.BatchNorm | nn.GroupNorm:
-    """The normalisation `kind` of an image's channels: batch, group, or layer (one group).
+    """The normalisation `kind` of the last dim's features: batch, group, or layer (one group).
 
     32 groups as in Wu and He 2018; fewer where a group would not have two channels.
     """

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models import remat
-from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype, dense
+from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype, dense, feature_norm
+
+NORMS = ("none", "batch", "group", "layer")
 
 
 class Hidden(nn.Module):
-    """One hidden layer: dense, activation, dropout."""
+    """One hidden layer: dense, norm, activation, dropout. A norm's own shift is the bias then."""
 
     features: int
     activation: str
@@ -19,11 +21,18 @@ class Hidden(nn.Module):
     dtype: Dtype
     train: bool
     axes: tuple[str, str]
+    norm: str
+    axis_name: str | None
 
     @nn.compact
     def __call__(self, x_BD):
         he = nn.initializers.he_normal()
-        x_BF = dense(self.features, self.axes, dtype=self.dtype, name="dense", kernel_init=he)(x_BD)
+        fields = dict(dtype=self.dtype, bias=self.norm == "none", kernel_init=he)
+        x_BF = dense(self.features, self.axes, name="dense", **fields)(x_BD)
+        if self.norm != "none":
+            own = dict(train=self.train, axis_name=self.axis_name, axis=self.axes[1])
+            norm = feature_norm(self.norm, self.features, dtype=self.dtype, name="norm", **own)
+            x_BF = norm(x_BF)
         x_BF = ACTIVATIONS[self.activation](x_BF)
         return Dropout(self.dropout, self.train)(x_BF)
 
@@ -39,9 +48,11 @@ class Mlp(nn.Module):
     hidden: tuple[int, ...]
     num_classes: int
     activation: str = "relu"
+    norm: str = "none"  # of each hidden layer: none | batch | group | layer
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     remat: str = "none"
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -56,6 +67,8 @@ class Mlp(nn.Module):
                 self.dtype,
                 train,
                 axes,
+                self.norm,
+                self.axis_name,
                 name=f"hidden_{i}",
             )(x_BD)
             x_BD = nn.with_logical_constraint(x_BD, ("batch", axes[1]))

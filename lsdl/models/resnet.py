@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from lsdl.errors import UserError
 from lsdl.models import remat
-from lsdl.models.layers import Dtype, conv, dense, image_norm, lecun_normal
+from lsdl.models.layers import Dtype, conv, dense, feature_norm, lecun_normal
 
 # What the fields that are words may be.
 WORDS = {
@@ -95,7 +95,7 @@ class ResidualBlock(nn.Module):
 
     def _normalise(self, x_BHWD, name, **fields):
         mode = dict(train=self.train, axis_name=self.axis_name, dtype=self.dtype)
-        return image_norm(self.norm, x_BHWD.shape[-1], **mode, **fields, name=name)(x_BHWD)
+        return feature_norm(self.norm, x_BHWD.shape[-1], **mode, **fields, name=name)(x_BHWD)
 
 
 class ResNet(nn.Module):
@@ -154,7 +154,7 @@ class ResNet(nn.Module):
         same = dict(padding=size // 2, bias=False, dtype=self.dtype, name="stem")
         x_BHWD = conv(self.width, size, stride=stride, **same)(x_BHWD)
         mode = dict(train=train, axis_name=self.axis_name, dtype=self.dtype)
-        x_BHWD = nn.relu(image_norm(self.norm, self.width, **mode, name="stem_norm")(x_BHWD))
+        x_BHWD = nn.relu(feature_norm(self.norm, self.width, **mode, name="stem_norm")(x_BHWD))
         if self.stem == "cifar":
             return x_BHWD
         return nn.max_pool(x_BHWD, (3, 3), (2, 2), ((1, 1), (1, 1)))
