@@ -6,6 +6,7 @@ those of one seed and batch their data.
 """
 
 import functools
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Run(NamedTuple):
     state: TrainState
     metrics_T: dict[str, np.ndarray]  # as in metrics.jsonl, of every step
     valid: dict[str, float]  # after the last step
+    run_s: float  # of the steps alone
 
 
 def train(path: str, overrides: Mapping[str, Any], *, whole_statistics: bool = False) -> Run:
@@ -43,15 +45,30 @@ def train(path: str, overrides: Mapping[str, Any], *, whole_statistics: bool = F
     data = tuple((k, v) for k, v in items if not k.startswith("optim."))
     batches_T = _batches(path, data)
     rates_T = jnp.asarray(np.array([own.schedule(s) for s in range(own.total_steps)], np.float32))
-    state, metrics_T = experiment.whole_run(jax.random.key(own.seed), rates_T, batches_T)
+    arguments = (jax.random.key(own.seed), rates_T, batches_T)
+    program = _program(path, shared, arguments)
+    started = time.perf_counter()
+    state, metrics_T = jax.block_until_ready(program(*arguments))
+    run_s = time.perf_counter() - started
     if whole_statistics:
         state = _recalibrated(path, shared)(state, _whole(path, shared))
-    return Run(own, state, jax.device_get(metrics_T), evaluate(experiment, state, "valid"))
+    valid = evaluate(experiment, state, "valid")
+    return Run(own, state, jax.device_get(metrics_T), valid, run_s)
 
 
 @functools.lru_cache(maxsize=2)
 def _experiment(path: str, shared: tuple) -> Experiment:
     return opened(path, dict(shared))
+
+
+_programs: dict[tuple, Any] = {}  # the last one compiled, by what it was compiled for
+
+
+def _program(path: str, shared: tuple, arguments: tuple):
+    if (path, shared) not in _programs:
+        _programs.clear()
+        _programs[path, shared] = _experiment(path, shared).whole_run.lower(*arguments).compile()
+    return _programs[path, shared]
 
 
 @functools.lru_cache(maxsize=16)

@@ -109,13 +109,17 @@ def _rate(name: str, batch: int, scaling: str, warmup: str, peak: float | None =
     return fields
 
 
-def _cell(arm, optimizer, batch, scaling, warmup, seed, peak=None, **more) -> Cell:
-    parts = (arm, optimizer, batch, scaling, warmup, *((peak,) if peak else ()), *more.values())
+def _cell(
+    arm, optimizer, batch, scaling, warmup, seed, *, peak=None, momentum=0.9, more=None
+) -> Cell:
     settings = dict(arm=arm, optimizer=optimizer, batch=batch, scaling=scaling, warmup=warmup)
-    settings |= dict(seed=seed, peak=peak or RATES[optimizer])
+    name = "_".join(map(str, settings.values()))
+    settings |= dict(peak=peak or RATES[optimizer], momentum=momentum, seed=seed)
+    if arm == "tuned":
+        name += f"_{peak}_{momentum}"
     fields = _optimizer(optimizer) | _rate(optimizer, batch, scaling, warmup, peak)
-    fields |= {"seed": seed} | {k.replace("__", "."): v for k, v in more.items()}
-    name = "_".join(str(part) for part in parts if not isinstance(part, tuple)) + f"_s{seed}"
+    fields |= {"optim.momentum": momentum, "seed": seed} | (more or {})
+    name += f"_s{seed}"
     return Cell(name, settings, CONFIG, fields)
 
 
@@ -132,26 +136,27 @@ def cells(scale: str, seeds: int) -> list[Cell]:
     updates = {"total_epochs": 234.0}  # 468 updates at 628, as 12 epochs at 32 have
     for name in RATES:
         fixed = (name, BATCHES[-1], "none", "none")
-        found += [_cell("updates", *fixed, seed, **updates) for seed in range(seeds)]
+        found += [_cell("updates", *fixed, seed, more=updates) for seed in range(seeds)]
     for momentum in TUNED_MOMENTA:
         fixed = ("nesterov", BATCHES[-1], "none", "gradual")
-        more = {"optim__momentum": momentum}
         found += [
-            _cell("tuned", *fixed, s, r, **more) for r in TUNED_RATES for s in range(seeds)
+            _cell("tuned", *fixed, seed, peak=rate, momentum=momentum)
+            for rate in TUNED_RATES
+            for seed in range(seeds)
         ]
-    plain = {"model__norm": "none", "model__hidden": (64,) * 4}
+    plain = {"model.norm": "none", "model.hidden": (64,) * 4}
     for name, batch, *rule in (
         ("sgd", BASE, "none", "none"),
         ("sgd", PLAIN_BATCH, "linear", "none"),
         ("sgd", PLAIN_BATCH, "linear", "gradual"),
         ("lars", PLAIN_BATCH, "linear", "gradual"),
     ):
-        found += [_cell("plain", name, batch, *rule, seed, **plain) for seed in range(seeds)]
+        found += [_cell("plain", name, batch, *rule, seed, more=plain) for seed in range(seeds)]
     return found
 
 
 def measure(cell: Cell, folder) -> dict:
-    """Percent, and seconds of the run without its compilation when a neighbour has compiled it."""
+    """Percent, and seconds of the run without its compilation."""
     del folder
     normed = cell.settings["arm"] != "plain"
     run = sweep.train(cell.config, cell.overrides, whole_statistics=normed)
@@ -178,8 +183,7 @@ def _tuned(table: list[dict]) -> np.ndarray:
     groups: dict = {}
     for row in table:
         if row["arm"] == "tuned":
-            key = (row["peak"], row["id"].split("_gradual_")[1].split("_s")[0])
-            groups.setdefault(key, []).append(row["accuracy"])
+            groups.setdefault((row["peak"], row["momentum"]), []).append(row["accuracy"])
     return np.array(max(groups.values(), key=np.mean))
 
 
