@@ -10,7 +10,7 @@ CSS = """
 @media (prefers-color-scheme:dark){:root{--ink:#e4e7ec;--faint:#3b424d;--paper:#181b20;
 --quiet:#9aa3b0;--good:#7fdcb8;--goodback:#0e3a2c;--bad:#ffb38f;--badback:#4a2010;--back:#20242b}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:70rem;padding:1.5rem 1rem 4rem;background:var(--paper);
+body{margin:0 auto;max-width:76rem;padding:1.5rem 1rem 4rem;background:var(--paper);
 color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:1.75rem;line-height:1.2;margin:.5rem 0}
 h2{font-size:1.2rem;margin:2.5rem 0 .6rem;padding-top:.8rem;border-top:1px solid var(--faint)}
@@ -18,8 +18,9 @@ p{max-width:46rem;margin:.5rem 0}
 .lead{font-size:1.1rem}.quiet{color:var(--quiet);font-size:.9rem}
 a{color:inherit;text-underline-offset:.15em}
 .wide{overflow-x:auto;margin:.8rem 0}
-figure{margin:1.2rem 0;overflow-x:auto}
-svg{max-width:100%;height:auto;min-width:26rem}svg.many{min-width:42rem}
+figure{margin:0;max-width:100%;overflow-x:auto}
+.row{display:flex;flex-wrap:wrap;gap:1.2rem 1.6rem;margin:1.2rem 0}
+svg{display:block;max-width:100%;height:auto}svg.many{min-width:44rem}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;
 border-bottom:1px solid var(--faint)}
@@ -69,17 +70,22 @@ def section(title: str, *content: object) -> Markup:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, cards: bool = False) -> Markup:
-    """Numbers stand to the right. `cards`: on a phone each row becomes a paragraph."""
+    """Columns of numbers stand to the right. `cards`: on a phone each row becomes a paragraph."""
+    rows = list(rows)
+    right = [all(not str(cell) or _is_number(cell) for cell in c) for c in zip(*rows, strict=True)]
     lines = [element("tr", *(element("th", name) for name in head))]
     for row in rows:
         cells = []
-        for name, cell in zip(head, row, strict=True):
-            label = {"data_label": name} if cards and name else {}
-            number = isinstance(cell, int | float) or NUMBER.fullmatch(str(cell))
-            cells.append(element("td", cell, **label, **({"class": "number"} if number else {})))
+        for name, cell, number in zip(head, row, right, strict=True):
+            style = {"data_label": name} if cards and name else {}
+            cells.append(element("td", cell, **style, **({"class": "number"} if number else {})))
         lines.append(element("tr", *cells))
     body = element("table", *lines, **({"class": "cards"} if cards else {}))
     return element("div", body, class_="wide")
+
+
+def _is_number(cell: object) -> bool:
+    return isinstance(cell, int | float) or bool(NUMBER.fullmatch(str(cell)))
 
 
 def facts(values: Mapping[str, object]) -> Markup:
@@ -100,6 +106,11 @@ def details(summary: str, *content: object) -> Markup:
 def figure(svg: str, *, many: bool = False) -> Markup:
     """An `<svg>` element that may be trusted; `many`: it has several panels."""
     return element("figure", Markup(svg.replace("<svg ", '<svg class="many" ', 1) if many else svg))
+
+
+def row(*figures: Markup) -> Markup:
+    """Figures side by side, as many as the screen is wide."""
+    return element("div", *figures, class_="row") if figures else Markup("")
 
 
 def document(title: str, *content: object) -> str:

@@ -193,7 +193,8 @@ def lines(
         if not any(len(values[0]) for values in tables):
             _nothing(axes)
             return
-        _scale(axes, logx, logy, [values[0] for values in tables], few)
+        xs, ys = ([values[i] for values in tables] for i in (0, 1))
+        _scale(axes, logx, logy, xs, ys, few)
         ends = []
         for i, (label, values) in enumerate(ours.items()):
             ends.append((label, _line(axes, values, i, joined, few)))
@@ -373,8 +374,14 @@ def _bars(axes: Axes, label: str, row: list, i: int, thick: float, log: bool) ->
         axes.annotate(word(value) if ok else "no value", (end, place), **style)
 
 
-def _scale(axes: Axes, logx: bool, logy: bool, xs: list[np.ndarray], few: bool) -> None:
-    """Logarithmic axes, and a tick at each x where these are few."""
+def _scale(axes: Axes, logx: bool, logy: bool, xs: list, ys: list, few: bool) -> None:
+    """Whole steps between whole numbers, short large ones; a tick at each of few logarithmic x."""
+    for axis, columns in ((axes.xaxis, xs), (axes.yaxis, ys)):
+        values = np.concatenate(columns)
+        if axis is axes.xaxis and (values == np.round(values)).all():
+            axis.set_major_locator(ticker.MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+        if abs(values).max() >= 1e4:
+            axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: word(value)))
     if logy:
         axes.set_yscale("log")
         _log_ticks(axes.yaxis)

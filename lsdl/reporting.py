@@ -10,7 +10,7 @@ import math
 import statistics
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,15 +77,24 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         fields = {k: v for k, v in run.fields.items() if k != "seed"}
         groups[json.dumps(fields, sort_keys=True)].append(run)
-    different = [f for f in differences(runs) if f not in ("seed", "name")]
     labels = []
     for members in groups.values():
-        first, words = members[0], [members[0].fields["name"]]
-        for field in different[:3]:
-            words.append(f"{field.split('.')[-1]}={_brief(first.fields.get(field))}")
-        label = " ".join(words)
+        name = members[0].fields["name"]
+        different = differences([run for run in runs if run.fields["name"] == name])
+        told = list(_told(members[0], different))
+        named = [] if told and len({run.fields["name"] for run in runs}) == 1 else [name]
+        label = " ".join(named + told)
         labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
     return [Group(label, runs) for label, runs in zip(labels, groups.values(), strict=True)]
+
+
+def _told(run: Run, fields: Sequence[str]) -> Iterator[str]:
+    """Up to three of the fields, with the run's values, the shortest way."""
+    quiet = ("seed", "checkpoint.", "log.", "eval.")
+    fields = [f for f in fields if not f.startswith(quiet) and run.fields.get(f) is not None]
+    for field in fields[:3]:
+        name, value = field.split(".")[-1], _brief(run.fields[field], 20)
+        yield value if name == "name" else f"{name}={value}"
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -96,28 +105,21 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 def curve(group: Group, split: str, name: str) -> Table | None:
     """Steps, and the mean, lowest and highest over the seeds; None if there are no values."""
-    return _curve(group, split, lambda row: row.get(name))
-
-
-def _curve(group: Group, split: str, value) -> Table | None:
     columns = []
     for run in group.runs:
-        found = {row["step"]: value(row) for row in run.rows.get(split, ())}
+        found = {row["step"]: row.get(name) for row in run.rows.get(split, ())}
         columns.append({step: y for step, y in found.items() if isinstance(y, int | float)})
     columns = [column for column in columns if column]
     if not columns:
         return None
-    steps = sorted(set.intersection(*(set(column) for column in columns)))
-    steps = steps or sorted(set.union(*(set(column) for column in columns)))
+    # Where some seeds have not come yet, a mean of the others would be a jump of the curve.
+    steps = sorted(set.intersection(*map(set, columns)) or set.union(*map(set, columns)))
     size = math.ceil(len(steps) / MOST_POINTS)
     table = []
     for i in range(0, len(steps), size):
         some = steps[i : i + size]
-        means = [
-            statistics.fmean(column[s] for s in some if s in column)
-            for column in columns
-            if any(s in column for s in some)
-        ]
+        values = [[column[step] for step in some if step in column] for column in columns]
+        means = [statistics.fmean(v) for v in values if v]
         table.append((some[-1], statistics.fmean(means), min(means), max(means)))
     return tuple(map(list, zip(*table, strict=True)))
 
@@ -136,10 +138,10 @@ def runs_page(folders: Sequence[Path], *, title: str = "") -> str:
         element("p", lead, class_="lead"),
         element("p", note, class_="quiet") if len(runs) > len(groups) else "",
         page.section("Results", _results(groups)),
-        page.section("Curves", *figures.of(_metric_figures(groups))),
-        page.section("Schedule", *figures.of(_schedule_figures(groups))),
-        page.section("Norms", *figures.of(_norm_figures(groups))),
-        page.section("Throughput", *figures.of(_throughput_figures(groups))),
+        page.section("Curves", figures.row(_metric_figures(groups))),
+        page.section("Schedule", figures.row(_schedule_figures(groups))),
+        page.section("Norms", figures.row(_norm_figures(groups))),
+        page.section("Throughput", figures.row(_throughput_figures(groups))),
         page.section("Memory", *_memory(groups, figures)),
         page.section("What differs", _differences(runs)),
         page.section("Environment", _environments(runs)),
@@ -152,20 +154,36 @@ class _Figures:
     def __init__(self):
         self.count = 0
 
-    def of(self, figures) -> Iterator[Markup]:
+    def row(self, figures: Iterable[plots.Figure | None]) -> Markup:
+        shown = []
         for figure in figures:
-            self.count += 1
-            svg = figure.svg(prefix=f"g{self.count}", themed=True)
-            yield page.figure(svg, many=len(figure.contents) > 1)
+            if figure:
+                self.count += 1
+                shown.append(page.figure(figure.svg(prefix=f"g{self.count}", themed=True)))
+        return page.row(*shown)
 
 
-def _lines(groups, split: str, name: str, **options) -> plots.Figure | None:
+def _lines(groups, split: str, name: str, *, title: str, y: str, log=False) -> plots.Figure | None:
     found = {group.label: curve(group, split, name) for group in groups}
+    return _drawn(found, title=title, y=y, log=log)
+
+
+def _drawn(found: Mapping[str, Table | None], *, title: str, y: str, log=False):
+    """A line for each that has values, without its label if it is the only one."""
     found = {label: table for label, table in found.items() if table}
-    return plots.lines(found, x="step", **options) if found else None
+    if not found:
+        return None
+    alone = len(found) == 1
+    if alone:
+        found = {"": next(iter(found.values()))}
+    ys = [value for table in found.values() for value in table[1] if value > 0]
+    log = log and max(ys, default=1) > 5 * min(ys, default=1)
+    words = "" if alone else f", a line for each of {', '.join(found)}"
+    alt = f"{title}: {y} by step{words}"
+    return plots.lines(found, title=title, x="step", y=y, logy=log, alt=alt)
 
 
-def _metric_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
+def _metric_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
     rows = [row for g in groups for run in g.runs for row in run.rows.get("valid", ())]
     names = [n for n in dict.fromkeys(n for row in rows for n in row) if n not in NO_METRIC]
     for name in sorted(names or ["loss"], key=("loss", "accuracy", *names).index):
@@ -173,21 +191,16 @@ def _metric_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
         if len(groups) == 1:
             found = {split: curve(groups[0], split, name) for split in ("train", "valid")}
             found = {split: table for split, table in found.items() if table}
-            alt = f"{told} by step, training and validation"
+            alt = f"{told} by step on the {' and '.join(found)} split"
             if found:
                 yield plots.lines(found, title=told.capitalize(), x="step", y=told, alt=alt)
             continue
-        pair = [
-            _lines(groups, split, name, title=f"{word} {told}", y=told)
-            for split, word in (("train", "Training"), ("valid", "Validation"))
-        ]
-        pair = [figure for figure in pair if figure]
-        if pair:
-            yield plots.panels(pair, alt=f"{told} by step, a line for each group of runs")
+        for split, word in (("train", "Training"), ("valid", "Validation")):
+            yield _lines(groups, split, name, title=f"{word} {told}", y=told)
 
 
-def _schedule_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
-    rate = _lines(groups, "train", "learning_rate", title="Learning rate", y="learning rate")
+def _schedule_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
+    yield _lines(groups, "train", "learning_rate", title="Learning rate", y="learning rate")
     sizes = {}
     for group in groups:
         if table := curve(group, "train", "examples_seen"):
@@ -195,41 +208,30 @@ def _schedule_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
             pairs = range(1, len(steps))
             size = [(seen[i] - seen[i - 1]) / (steps[i] - steps[i - 1]) for i in pairs]
             sizes[group.label] = (steps[1:], size)
-    size = plots.lines(sizes, title="Batch size", x="step", y="examples a step") if sizes else None
-    if both := [figure for figure in (rate, size) if figure]:
-        yield plots.panels(both, alt="Learning rate and batch size by step")
+    yield _drawn(sizes, title="Batch size", y="examples a step")
 
 
-def _norm_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
+def _norm_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
     titles = {"grad_norm": "Gradient", "update_norm": "Update", "param_norm": "Parameters"}
-    found = [
-        _lines(groups, "train", name, title=title, y="norm", logy=True)
-        for name, title in titles.items()
-    ]
-    if found := [figure for figure in found if figure]:
-        yield plots.panels(found, alt="Norms of gradient, update and parameters by step")
+    for name, title in titles.items():
+        yield _lines(groups, "train", name, title=title, y="norm", log=True)
     for group in groups:
         names = dict.fromkeys(
             n for run in group.runs for row in run.rows.get("train", ()) for n in row if "/" in n
         )
         parts = defaultdict(dict)
         for name in names:
-            if table := curve(group, "train", name):
-                what, _, layer = name.partition("/")
-                parts[what][layer] = table
+            what, _, layer = name.partition("/")
+            parts[what][layer] = curve(group, "train", name)
         for what, layers in parts.items():
             shown = dict(list(layers.items())[:MOST_LINES])
             title = f"{what.replace('_', ' ').capitalize()} by layer, {group.label}"
-            yield plots.lines(shown, title=title, x="step", y=what, logy=True)
+            yield _drawn(shown, title=title, y=what, log=True)
 
 
-def _throughput_figures(groups: Sequence[Group]) -> Iterator[plots.Figure]:
-    found = [
-        _lines(groups, "train", "examples_per_s", title="Throughput", y="examples/s"),
-        _lines(groups, "train", "step_time_s", title="Step time", y="seconds", logy=True),
-    ]
-    if found := [figure for figure in found if figure]:
-        yield plots.panels(found, alt="Examples per second and seconds per step")
+def _throughput_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
+    yield _lines(groups, "train", "examples_per_s", title="Throughput", y="examples/s")
+    yield _lines(groups, "train", "step_time_s", title="Step time", y="seconds", log=True)
 
 
 def _memory(groups: Sequence[Group], figures: _Figures) -> Iterator[Markup]:
@@ -247,8 +249,7 @@ def _memory(groups: Sequence[Group], figures: _Figures) -> Iterator[Markup]:
                     if is_memory(name) and isinstance(value, int | float)
                 ]
     if found:
-        figure = plots.lines(found, title="Memory", x="step", y="as recorded")
-        yield from figures.of([figure])
+        yield figures.row([_drawn(found, title="Memory", y="as recorded")])
     if rows:
         yield page.table(("run", "quantity", "value"), rows)
     if not found and not rows:
@@ -289,7 +290,9 @@ def _results(groups: Sequence[Group]) -> Markup:
     rows = [(*head, *(_spread(values.get(n, ())) for n in names)) for *head, values in lines]
     if not rows:
         return element("p", "Nothing is measured yet.")
-    return page.table(("group", "split", "step", "runs", *names), rows)
+    head = ("group", "split", "step", "runs", *names)
+    first = 0 if len(groups) > 1 else 1  # the only group needs no name
+    return page.table(head[first:], [row[first:] for row in rows])
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -370,7 +373,7 @@ def study_page(folder: Path) -> str:
         element("p", verdict.get("claim", ""), class_="lead"),
         element("p", verdict.get("source", ""), class_="quiet"),
         page.section("Verdict", element("p", lead), _claims(claims)),
-        page.section("Figures", *figures),
+        page.section("Figures", page.row(*figures)),
         page.section("Measurements", *_measurements(folder / "table.csv")),
         page.section("At full scale", *_full_scale(verdict.get("full_scale", ()))),
         page.section("How it was measured", _provenance(verdict)),

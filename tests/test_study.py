@@ -283,6 +283,15 @@ def _bound(expected):
 
 
 @pytest.mark.parametrize("name", laboratory.complete())
+def test_the_cells_are_listed_without_measuring(name):
+    cells = laboratory.find(name).cells("small", 2)
+    assert len({cell.id for cell in cells}) == len(cells) > 0
+    assert all(laboratory.ID.fullmatch(cell.id) for cell in cells)
+    assert laboratory.find(name).CLAIM
+    assert laboratory.find(name).SOURCE
+
+
+@pytest.mark.parametrize("name", laboratory.complete())
 def test_the_full_scale_commands_are_accepted(name, monkeypatch):
     """The config files are there and take the overrides."""
     monkeypatch.chdir(ROOT)

@@ -6,7 +6,8 @@ A study is a module of `lsdl.studies` with
     SOURCE      where it stands: the lecture, and the paper
     EXPECTED    {id: Expected}: what is measured for it, and the bound written down beforehand
     cells(scale, seeds) -> [Cell]        scale "small": what `measure` does; "full": what to run
-                                         on accelerators, with the published numbers
+                                         on accelerators, with the published numbers; `seeds`:
+                                         how many, the whole number of --seeds
     measure(cell, folder) -> row         {name: number, string or list}: JSON values, cached as a
                                          file; `folder` is the cell's own, for runs
     claims(table) -> [Claim]             `table` holds one row for each cell, its settings included
