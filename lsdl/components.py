@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lsdl import tasks
 from lsdl.checks import choice
-from lsdl.config import from_json, template
+from lsdl.config import duration_steps, from_json, template, to_steps
 from lsdl.data import dataset
 from lsdl.data.dataset import SPLITS, Dataset
 from lsdl.errors import UserError, nearest
@@ -207,18 +207,64 @@ def make_teacher(config: ConfigDict, data: Dataset) -> nn.Module | None:
     return make_module(from_json(stored["config"]), data)
 
 
-def make_schedule(config: ConfigDict, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    schedule = config.optim.schedule
+def make_schedule(config: ConfigDict, *, units: dict) -> optax.Schedule:
+    """`units`: what turns a duration into steps (`config.to_steps`)."""
+    schedule, optim = config.optim.schedule, config.optim
+    peak = scaled_peak(config)
+    warmup_steps = duration_steps(schedule, "warmup", **units)
+    growth = 1.0
+    if schedule.name == "exp_growth":
+        if optim.name != "sgd":
+            raise UserError(
+                f"optim.schedule.name=exp_growth needs optim.name=sgd, not {optim.name}: it "
+                "stands for the weight decay of SGD with momentum."
+            )
+        growth = schedules.growth_root(
+            peak, weight_decay=schedule.growth_decay, momentum=optim.momentum
+        )
     return schedules.make_schedule(
         schedule.name,
-        peak=schedule.peak,
-        total_steps=total_steps,
+        peak=peak,
+        base=schedule.peak,
+        total_steps=units["total_steps"],
         warmup_steps=warmup_steps,
+        warmup_form=schedule.warmup_form,
         start_factor=schedule.start_factor,
-        end_factor=schedule.end_factor,
-        power=schedule.power,
-        boundaries_percent=schedule.boundaries_percent,
-        step_factor=schedule.step_factor,
+        shape=schedules.Shape(
+            end_factor=schedule.end_factor,
+            low_factor=schedule.low_factor,
+            power=schedule.power,
+            boundaries=_boundaries(schedule, warmup_steps, units),
+            step_factor=schedule.step_factor,
+            decay_factor=schedule.decay_factor,
+            cycle_factor=schedule.cycle_factor,
+            rise_percent=schedule.rise_percent,
+            period_steps=duration_steps(schedule, "period", **units),
+            growth=growth,
+        ),
+    )
+
+
+def _boundaries(schedule: ConfigDict, warmup_steps: int, units: dict) -> tuple[int, ...]:
+    """In steps after the warm-up."""
+    (unit,) = [u for u in ("steps", "epochs") if schedule[f"boundaries_{u}"]] or ["percent"]
+    places = schedule[f"boundaries_{unit}"]
+    steps = [to_steps(unit, place, what="boundaries", **units) for place in places]
+    if schedule.name == "step" and min(steps, default=warmup_steps) < warmup_steps:
+        raise UserError(
+            f"optim.schedule.boundaries_{unit}={tuple(places)} must lie after the warm-up, which "
+            f"ends at {100 * warmup_steps / units['total_steps']:.3g} percent of the run."
+        )
+    return tuple(step - warmup_steps for step in steps)
+
+
+def scaled_peak(config: ConfigDict) -> float:
+    schedule = config.optim.schedule
+    return schedules.scaled(
+        schedule.peak,
+        scaling=schedule.scaling,
+        batch_size=config.batch_size,
+        base_batch=schedule.base_batch,
     )
 
 

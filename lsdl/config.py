@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from lsdl.errors import UserError, nearest
-from lsdl.schema import DURATIONS, UNITS, template
+from lsdl.schema import DURATIONS, OPTIONAL_DURATIONS, UNITS, template
 
 NOT_NEGATIVE = (
     *("loss.mixup", "loss.distill_temperature", "loss.z_loss", "loss.balance"),
@@ -130,7 +130,7 @@ def _unknown_field(word: str, config: ConfigDict) -> str:
 
 def _clear_siblings(config: ConfigDict, given: dict) -> None:
     """A duration given on the command line replaces the file's, whatever its unit."""
-    for name in DURATIONS:
+    for name in (*DURATIONS, *OPTIONAL_DURATIONS):
         group, _, stem = name.rpartition(".")
         spelled = [f"{name}_{unit}" for unit in UNITS if f"{name}_{unit}" in given]
         if len(spelled) > 1:
@@ -165,15 +165,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"init_fresh={actual['init_fresh']!r} needs an init_from.")
     if not actual["name"]:
         raise UserError("name='' is empty: it names the run's default folder, runs/NAME.")
-    for name in DURATIONS:
-        spelled = [f"{name}_{u}" for u in UNITS if actual.get(f"{name}_{u}") is not None]
-        if len(spelled) != 1:
-            given = " and ".join(spelled) or "none"
-            raise UserError(f"Exactly one of {name}_{{{','.join(UNITS)}}} is needed, not {given}.")
-        least = 0 if name.endswith("warmup") else 1e-12
-        if actual[spelled[0]] < least:
-            rule = "be positive" if least else "not be negative"
-            raise UserError(f"{spelled[0]}={actual[spelled[0]]} must {rule}.")
+    _check_durations(actual)
     for field in ("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"):
         if actual[field] < 1:
             raise UserError(f"{field}={actual[field]} must be at least 1.")
@@ -199,15 +191,35 @@ def validate(config: ConfigDict) -> None:
         )
 
 
+def _check_durations(actual: dict) -> None:
+    for name in (*DURATIONS, *OPTIONAL_DURATIONS):
+        spelled = [f"{name}_{u}" for u in UNITS if actual.get(f"{name}_{u}") is not None]
+        needed = name in DURATIONS
+        if len(spelled) > 1 or (needed and not spelled):
+            given, most = " and ".join(spelled) or "none", "Exactly" if needed else "At most"
+            said = "is needed" if needed else "may be given"
+            raise UserError(f"{most} one of {name}_{{{','.join(UNITS)}}} {said}, not {given}.")
+        least = 0 if name.endswith("warmup") else 1e-12
+        if spelled and actual[spelled[0]] < least:
+            rule = "be positive" if least else "not be negative"
+            raise UserError(f"{spelled[0]}={actual[spelled[0]]} must {rule}.")
+
+
 def _check_tuples(actual: dict) -> None:
     """A tuple's elements have no type of their own in a ConfigDict."""
     words = ("data.transforms", "data.eval_transforms", "eval.transfer_transforms", "eval.probes")
     for field in words:
         if not all(isinstance(word, str) for word in actual[field]):
             raise UserError(f"{field}={actual[field]} must hold words such as 'shift:1'.")
-    percents = actual["optim.schedule.boundaries_percent"]
-    if not all(isinstance(p, int | float) and math.isfinite(p) for p in percents):
-        raise UserError(f"optim.schedule.boundaries_percent={percents} must hold numbers.")
+    for unit in ("percent", "steps", "epochs"):
+        places = actual[f"optim.schedule.boundaries_{unit}"]
+        if not all(isinstance(p, int | float) and math.isfinite(p) for p in places):
+            raise UserError(f"optim.schedule.boundaries_{unit}={places} must hold numbers.")
+    if actual["optim.schedule.boundaries_steps"] and actual["optim.schedule.boundaries_epochs"]:
+        raise UserError(
+            "optim.schedule.boundaries_steps and optim.schedule.boundaries_epochs say the same: "
+            "give one."
+        )
     for field in ("optim.decay_mask", "optim.trust_mask"):
         for rule in actual[field]:
             try:
@@ -224,24 +236,32 @@ def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def duration_steps(
-    group: ConfigDict,
-    stem: str,
+def duration_steps(group: ConfigDict, stem: str, **units) -> int:
+    """The one duration `stem`_{steps,epochs,examples,tokens,percent} of `group`, in steps.
+
+    0 if there is none, which a config's other durations have not. `units`: as in `to_steps`.
+    """
+    given = [u for u in UNITS if group.get(f"{stem}_{u}") is not None]
+    return to_steps(given[0], group[f"{stem}_{given[0]}"], what=stem, **units) if given else 0
+
+
+def to_steps(
+    unit: str,
+    value: float,
     *,
+    what: str,
     batch_size: int,
     steps_per_epoch: int,
     tokens_per_example: int,
     total_steps: int = 0,
 ) -> int:
-    """The one duration `stem`_{steps,epochs,examples,tokens,percent} of `group`, in steps.
+    """`value` of `unit` in steps; `what` is the field's name without its unit.
 
     An epoch is `steps_per_epoch` steps: the split's examples // batch_size, because training
     drops the last partial batch. A duration other than 0 is at least one step.
     """
-    unit = next(u for u in UNITS if group.get(f"{stem}_{u}") is not None)
-    value = group[f"{stem}_{unit}"]
     if unit == "tokens" and not tokens_per_example:
-        raise UserError(f"{stem}_tokens={value} needs a language task: give {stem}_examples.")
+        raise UserError(f"{what}_tokens={value} needs a language task: give {what}_examples.")
     steps = {
         "steps": value,
         "epochs": round(min(value * steps_per_epoch, 2.0**53)),

@@ -115,8 +115,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     checks.check_divides(config, mesh, data)
     module = components.make_module(config, data, mesh=mesh)
     teacher = components.make_teacher(config, data)
-    warmup_steps = duration_steps(config.optim.schedule, "warmup", **units)
-    schedule = components.make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
+    schedule = components.make_schedule(config, units=units)
     tx = components.make_optimizer(config, schedule)
 
     make_init = steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)
@@ -285,6 +284,12 @@ def _num_parameters(placements: Sequence[placement.Placement], module: nn.Module
 
 def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str, ...]:
     notes = []
+    schedule = config.optim.schedule
+    if schedule.scaling != "none":
+        notes.append(
+            f"The peak rate is {components.scaled_peak(config):.6g}: {schedule.peak:g} scaled "
+            f"({schedule.scaling}) from a batch of {schedule.base_batch} to {config.batch_size}."
+        )
     if model_state.keys() - {steps.TEACHER} and config.accum > 1:
         notes.append(
             f"BatchNorm with accum={config.accum} normalises over microbatches of "

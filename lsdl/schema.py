@@ -5,6 +5,7 @@ from ml_collections.config_dict import placeholder
 
 UNITS = {"steps": int, "epochs": float, "examples": int, "tokens": int, "percent": float}
 DURATIONS = ("total", "optim.schedule.warmup", "eval.every", "checkpoint.every", "log.every")
+OPTIONAL_DURATIONS = ("optim.schedule.period",)  # at most one spelling, where the others have one
 
 
 def template() -> ConfigDict:
@@ -103,18 +104,38 @@ def _optim() -> ConfigDict:
     # (regex, value) in order, the first match wins, every parameter must match one
     optim.decay_mask = ((r".*/(bias|scale)", False), (r".*", True))
     optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars, lamb
-    optim.schedule = ConfigDict()
-    # constant | warmup_cosine | step | exponential | polynomial
-    optim.schedule.name = "warmup_cosine"
-    optim.schedule.peak = 1e-3
-    optim.schedule.start_factor = 0.0  # first rate of the warm-up / peak
-    # last rate / peak (warmup_cosine, exponential, polynomial)
-    optim.schedule.end_factor = 0.0
-    optim.schedule.power = 2.0  # polynomial
-    optim.schedule.boundaries_percent = (50.0, 75.0)  # of the run (step)
-    optim.schedule.step_factor = 0.1  # at each boundary (step)
-    _durations(optim.schedule, "warmup")
+    optim.schedule = _schedule()
     return optim
+
+
+def _schedule() -> ConfigDict:
+    schedule = ConfigDict()
+    # constant | cosine = warmup_cosine | step | exponential | polynomial | inverse_time | rsqrt |
+    # wsd | triangular | triangular2 | exp_range | sgdr | one_cycle | exp_growth
+    schedule.name = "warmup_cosine"
+    schedule.peak = 1e-3  # the highest rate, of a batch of base_batch if that is given
+    schedule.scaling = "none"  # of the peak with batch_size / base_batch: none | linear | sqrt
+    schedule.base_batch = 0  # given with a scaling, and only then
+    schedule.start_factor = 0.0  # first rate of the warm-up / peak before scaling
+    schedule.warmup_form = "linear"  # linear | constant: the peak before scaling, all the way
+    # last rate / peak (cosine, exponential, polynomial, wsd, one_cycle; sgdr: of each cycle)
+    schedule.end_factor = 0.0
+    schedule.low_factor = 0.1  # lowest rate / peak (triangular*, exp_range; one_cycle: first rate)
+    schedule.power = 2.0  # polynomial
+    schedule.boundaries_percent = (50.0, 75.0)  # of the run (step)
+    schedule.boundaries_steps = ()  # in their place
+    schedule.boundaries_epochs = ()  # likewise
+    schedule.step_factor = 0.1  # at each boundary (step)
+    # each step's: of the rate (exponential; 0: as end_factor says), of the height (exp_range)
+    schedule.decay_factor = 0.0
+    schedule.growth_decay = 0.0  # the weight decay that exp_growth stands for; needs sgd
+    schedule.cycle_factor = 2.0  # a cycle's length / the one's before (sgdr)
+    schedule.rise_percent = 30.0  # of the steps after the warm-up (one_cycle)
+    _durations(schedule, "warmup")
+    # half a cycle (triangular*, exp_range), the first cycle (sgdr), the decay (wsd), the time to
+    # half the rate (inverse_time), to 1/sqrt(2) of it (rsqrt)
+    _durations(schedule, "period")
+    return schedule
 
 
 def _durations(group: ConfigDict, name: str) -> None:

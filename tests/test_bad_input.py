@@ -162,7 +162,7 @@ CASES = {
     "sampling": (["--config.data.sampling=random"], ["data.sampling='random'", "epoch", "replace"]),
     # names
     "optimiser": (["--config.optim.name=admw"], ["optim.name='admw'", "'adamw'"]),
-    "schedule": (["--config.optim.schedule.name=cosine"], ["'cosine'", "'warmup_cosine'"]),
+    "schedule": (["--config.optim.schedule.name=cosin"], ["'cosin'", "'cosine'"]),
     "rules": (["--config.rules=fdsp"], ["rules='fdsp'", "'fsdp'"]),
     "partitioner": (["--config.partitioner=pjit"], ["partitioner='pjit'", "'jit'"]),
     "remat": (["--config.remat=dot"], ["remat='dot'", "'dots'"]),

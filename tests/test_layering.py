@@ -36,7 +36,7 @@ LEVELS = [
         *("models.vit", "models.gpt", "models.bert", "models.clip"),
         *("models.convert_rules", "models.convert_transformers", "models.convert_convnets"),
         "models.convert",
-        *("optim.schedules", "optim.chain"),
+        *("optim.schedules", "optim.conditions", "optim.chain"),
         *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
         *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
         *("tasks", "evaluators", "sampling", "checkpoint", "processes", "weights"),
