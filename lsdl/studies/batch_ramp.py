@@ -140,8 +140,8 @@ def figure(table: list[dict]) -> dict:
     axes = dict(y="training loss", logy=True)
     both = plots.panels(
         [
-            dict(series=by_examples, title="The same curve in epochs", x="epochs", **axes),
-            dict(series=by_updates, title="in fewer updates", x="updates", **axes),
+            plots.lines(by_examples, title="The same curve in epochs", x="epochs", **axes),
+            plots.lines(by_updates, title="in fewer updates", x="updates", **axes),
         ]
     )
     return {"loss": both}

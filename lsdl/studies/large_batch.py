@@ -286,8 +286,8 @@ def figure(table: list[dict]) -> dict:
     log = dict(x="batch size", logx=True)
     error = plots.panels(
         [
-            dict(series=ours, title="Digits, measured here", y="valid error, %", **log),
-            dict(series=papers, title="ImageNet, published", y="top-1 error, %", **log),
+            plots.lines(ours, title="Digits, measured here", y="valid error, %", **log),
+            plots.lines(papers, title="ImageNet, published", y="top-1 error, %", **log),
         ]
     )
     batches = (BASE, *BATCHES)
