@@ -233,12 +233,12 @@ YOU_ALEXNET = {512: 60.2, 4096: 60.4, 8192: 60.1, 16384: 59.3, 32768: 57.8}
 GOYAL_EPOCH_MIN = {256: 16.0, 11264: 0.5}
 ABLATIONS = {  # of the batch of 8k, section 5.1 and table 2
     "no warm-up": ({"optim.schedule.warmup_epochs": 0.0}, "24.84 +- 0.37 % error"),
-    "constant warm-up": (
-        {"optim.schedule.warmup_form": "constant", "optim.schedule.start_factor": 1 / 32},
-        "25.88 +- 0.56 % error",
+    "constant warm-up": ({"optim.schedule.warmup_form": "constant"}, "25.88 +- 0.56 % error"),
+    "sqrt scaling": ({"optim.schedule.scaling": "sqrt"}, "26.22 +- 0.03 % error"),
+    "unscaled": (
+        {"optim.schedule.scaling": "none", "optim.schedule.base_batch": 0},
+        "41.67 +- 0.10 % error",
     ),
-    "sqrt scaling": ({"optim.schedule.peak": 0.1 * 32**0.5}, "26.22 +- 0.03 % error"),
-    "unscaled": ({"optim.schedule.peak": 0.1}, "41.67 +- 0.10 % error"),
 }
 
 
