@@ -236,17 +236,16 @@ def _throughput_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None
 
 def _memory(groups: Sequence[Group], figures: _Figures) -> Iterator[Markup]:
     found, rows = {}, []
-    is_memory = lambda name: "bytes" in name or "gib" in name  # noqa: E731
     for group in groups:
         for run in group.runs:
-            names = [n for row in run.rows.get("train", ()) for n in row if is_memory(n)]
+            names = [n for row in run.rows.get("train", ()) for n in row if _is_memory(n)]
             for name in dict.fromkeys(names):
                 found[f"{group.label} {name}"] = curve(group, "train", name)
             for holder in (run.env, run.plan):
                 rows += [
                     (str(run.path), name, f"{value:,}")
                     for name, value in holder.items()
-                    if is_memory(name) and isinstance(value, int | float)
+                    if _is_memory(name) and isinstance(value, int | float)
                 ]
     if found:
         yield figures.row([_drawn(found, title="Memory", y="as recorded")])
@@ -271,7 +270,7 @@ def _results(groups: Sequence[Group]) -> Markup:
         for split, rows in last.items():
             values = defaultdict(list)
             for row in rows:
-                for name in row.keys() - NO_METRIC - {n for n in row if n.endswith("_norm")}:
+                for name in filter(_is_result, row):
                     values[name].append(row[name])
             names += [name for name in sorted(values) if name not in names]
             if rows:
@@ -283,16 +282,24 @@ def _results(groups: Sequence[Group]) -> Markup:
             gaps = defaultdict(list)
             for run in pairs:
                 train, test = run.rows["train_eval"][-1], run.rows["test"][-1]
-                for name in (train.keys() & test.keys()) - NO_METRIC:
+                for name in filter(_is_result, train.keys() & test.keys()):
                     gaps[name].append(test[name] - train[name])
             lines.append((group.label, "gap: test - train", "", len(pairs), gaps))
-    names.sort(key=lambda name: ("loss", "accuracy", *names).index(name))
+    names = sorted(names, key=("loss", "accuracy", *names).index)
     rows = [(*head, *(_spread(values.get(n, ())) for n in names)) for *head, values in lines]
     if not rows:
         return element("p", "Nothing is measured yet.")
     head = ("group", "split", "step", "runs", *names)
     first = 0 if len(groups) > 1 else 1  # the only group needs no name
     return page.table(head[first:], [row[first:] for row in rows])
+
+
+def _is_result(name: str) -> bool:
+    return name not in NO_METRIC and "/" not in name and not _is_memory(name) and "norm" not in name
+
+
+def _is_memory(name: str) -> bool:
+    return "bytes" in name or "gib" in name
 
 
 def _spread(values: Sequence[float]) -> str:

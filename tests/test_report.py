@@ -1,0 +1,301 @@
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from lsdl import page, plots, reporting
+from lsdl.report import main
+
+NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
+EVIL = "<script>alert(1)</script>\"'&"
+
+
+VOID = ("meta", "br", "img")
+
+
+class Page(html.parser.HTMLParser):
+    """What a reader of HTML sees: ids, tags, text, and whether tags are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.tags, self.open, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+        assert not any(name.startswith("on") for name, _ in attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def checked(text):
+    """The page, which stands alone: no reference to anything outside, nothing that runs."""
+    seen = Page(text)
+    assert "script" not in seen.tags
+    assert len(seen.ids) == len(set(seen.ids))
+    bare = text
+    for name in NAMESPACES:
+        bare = bare.replace(name, "")
+    assert not re.search(r"https?:|file:|url\((?!#)|@import|javascript:|<link|<iframe", bare)
+    for svg in svgs(text):
+        root = ET.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root[0].tag.endswith("title")
+        used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', svg))
+        assert used <= set(re.findall(r' id="([^"]*)"', svg))
+    return seen
+
+
+def svgs(text):
+    return re.findall(r"<svg .*?</svg>", text, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds of one job, really run."""
+    from lsdl.train import main as train
+    from tests.conftest import CONFIGS
+
+    folders = [tmp_path_factory.mktemp("runs") / f"seed{seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        path = f"{CONFIGS / 'digits_mlp.py'}:smoke"
+        given = [f"--config.seed={seed}", "--config.log.tensorboard=false"]
+        assert train(["--config", path, "--workdir", str(folder), *given]) == 0
+    return folders
+
+
+def made(folder, *, seed=0, name="made", rows=(), **fields):
+    """A run folder written by hand."""
+    folder.mkdir()
+    fields = {"name": name, "seed": seed, "optim.name": "sgd", **fields}
+    (folder / "config.json").write_text(
+        json.dumps({"source": "c.py", "config": fields, "history": []})
+    )
+    rows = rows or [{"step": s, "split": "train", "loss": 1 / s} for s in range(1, 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_two_seeds_are_one_line_with_a_band(runs, tmp_path, capsys):
+    out = tmp_path / "r.html"
+    assert main([*map(str, runs), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"written: {out}\n"
+    text = out.read_text()
+    seen = checked(text)
+    words = " ".join(seen.words)
+    assert "2 runs in 1 group" in words
+    assert len(svgs(text)) == 9  # loss, accuracy, rate, batch size, 3 norms, throughput, step time
+    for title in ("Loss", "Accuracy", "Learning rate", "Batch size", "Gradient", "Step time"):
+        assert title in seen.words
+    assert "gap: test - train" in words
+    assert len(re.findall(r"± 0\.\d{4}", words)) == 8  # loss and accuracy of three splits, gap
+    for part in ("jax", "optax", "cpu", "Python 3."):
+        assert part in words
+    assert "recorded memory" in words
+    assert len(text) < 400_000
+
+
+def test_the_numbers_are_those_of_the_runs(runs):
+    group = reporting.grouped([reporting.read_run(folder) for folder in runs])[0]
+    steps, mean, low, high = reporting.curve(group, "train", "loss")
+    rows = [[json.loads(r) for r in (f / "metrics.jsonl").read_text().splitlines()] for f in runs]
+    losses = [[r["loss"] for r in run if r["split"] == "train"] for run in rows]
+    assert steps == list(range(1, 21))
+    assert mean == pytest.approx([(a + b) / 2 for a, b in zip(*losses, strict=True)])
+    assert low == [min(pair) for pair in zip(*losses, strict=True)]
+    assert high == [max(pair) for pair in zip(*losses, strict=True)]
+
+
+def test_groups_are_called_by_what_they_differ_in(tmp_path):
+    runs = [made(tmp_path / f"a{seed}", seed=seed) for seed in range(2)]
+    runs.append(made(tmp_path / "b", **{"optim.name": "lars", "batch_size": 8}))
+    read = [reporting.read_run(run) for run in runs]
+    groups = reporting.grouped(read)
+    assert [(g.label, len(g.runs)) for g in groups] == [("sgd", 2), ("lars batch_size=8", 1)]
+    text = reporting.runs_page(runs)
+    assert "lars batch_size=8" in checked(text).words
+    assert "What differs" in text
+
+
+def test_a_run_without_values_or_environment_is_reported_as_it_is(tmp_path):
+    run = made(tmp_path / "a")
+    (run / "metrics.jsonl").write_text("")
+    assert "Nothing is measured yet." in checked(reporting.runs_page([run])).words
+
+
+def test_nan_and_layers_and_memory(tmp_path):
+    rows = [
+        {
+            "step": s,
+            "split": "train",
+            "loss": float("nan") if s > 2 else 1.0,
+            "grad_norm/block_0": 1.0 * s,
+            "peak_bytes": 10 * s,
+        }
+        for s in range(1, 5)
+    ]
+    text = reporting.runs_page([made(tmp_path / "a", rows=rows)])
+    seen = checked(text)
+    assert any("by layer" in word for word in seen.words)
+    assert "Memory: as recorded by step" in seen.words
+    assert "recorded memory" not in text
+
+
+def test_a_long_curve_stays_light(tmp_path):
+    rows = [{"step": s, "split": "train", "loss": 1.0} for s in range(1, 5001)]
+    run = made(tmp_path / "a", rows=rows)
+    group = reporting.grouped([reporting.read_run(run)])[0]
+    steps = reporting.curve(group, "train", "loss")[0]
+    assert len(steps) <= reporting.MOST_POINTS
+    assert steps[-1] == 5000
+
+
+def test_all_text_is_escaped(tmp_path):
+    run = made(tmp_path / "a", name=EVIL, **{"model.name": EVIL})
+    other = made(tmp_path / "b", name=EVIL, **{"model.name": "x"})
+    (run / "env.json").write_text(json.dumps({"platform": EVIL, "command": [EVIL], "commit": EVIL}))
+    seen = checked(reporting.runs_page([run, other]))
+    assert EVIL in seen.words
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study's folder, whose texts want to be more than text."""
+    folder = tmp_path / "some_study"
+    (folder / "figures").mkdir(parents=True)
+    claims = [
+        {"id": f"c{i}", "text": EVIL, "source": "s", "expected": ">= 1", "n": 2, "spread": 0.5}
+        | {"measured": [1.5, None][i], "holds": not i}
+        for i in range(2)
+    ]
+    verdict = {"study": "some_study", "scale": "small", "claims": claims, "claim": EVIL}
+    entry = {"id": "big", "settings": "", "command": "python -m lsdl.train", "published": EVIL}
+    verdict |= {"source": EVIL, "figures": ["one", "two", "../../one"], "full_scale": [entry]}
+    (folder / "verdict.json").write_text(json.dumps(verdict))
+    (folder / "table.csv").write_text(f'id,x\na,"{EVIL.replace(chr(34), chr(34) * 2)}"\n')
+    for name in ("one", "two"):
+        figure = plots.lines({"y": ([1, 2], [1, 2])}, title="T", x="x", y="y")
+        figure.save(folder / "figures" / f"{name}.svg")
+    return folder
+
+
+def test_a_study_is_reported(study, capsys):
+    assert main([str(study)]) == 0
+    text = (study / "report.html").read_text()
+    seen = checked(text)
+    assert {"holds", "does not hold", "1 of 2 claims hold.", "no number ± 0.5"} <= set(seen.words)
+    assert EVIL in seen.words
+    assert len(svgs(text)) == 3
+    assert "var(--ink" in text
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "<script>1</script>",
+        '<g onclick="1"/>',
+        '<image href="https://example.org/a.png"/>',
+        '<a href="#x"/>',
+        '<path style="fill:url(https://example.org)"/>',
+        "<style>@import 'x';</style>",
+        '<foreignObject><body xmlns="http://www.w3.org/1999/xhtml"/></foreignObject>',
+    ],
+)
+def test_a_figure_that_does_more_than_draw_is_left_out(study, inside):
+    file = study / "figures" / "one.svg"
+    for text in (
+        f'<svg xmlns="http://www.w3.org/2000/svg">{inside}</svg>',
+        f'<!DOCTYPE svg [<!ENTITY a "b">]><svg xmlns="http://www.w3.org/2000/svg">&a;{inside}</svg>',
+    ):
+        file.write_text(text)
+        seen = checked(reporting.study_page(study))
+        assert any("The figure one is missing" in word for word in seen.words)
+    file.unlink()
+    assert any("The figure one is missing" in w for w in Page(reporting.study_page(study)).words)
+
+
+def test_the_index_links_what_was_measured(study):
+    seen = checked(reporting.index_page([study], failed={"other": ValueError(EVIL)}))
+    assert "1 of 2 hold" in seen.words
+    assert "failed" in seen.words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{0}/none"], "holds no run"),
+        (["{0}/a", "{0}/b"], "Several folders need --out"),
+        (["{0}/a", "--out", "{0}"], "cannot be written"),
+        (["{0}/a", "{0}/some_study", "--out", "{0}/x.html"], "report it alone"),
+        (["{0}/torn"], "config.json is not what lsdl writes"),
+        (["{0}/spoilt"], "is not as lsdl writes it"),
+    ],
+)
+def test_bad_input_is_one_sentence(study, tmp_path, capsys, arguments, told):
+    for name in ("a", "b", "torn", "spoilt"):
+        made(tmp_path / name)
+    (tmp_path / "torn" / "config.json").write_text("{")
+    (tmp_path / "spoilt" / "env.json").write_text("{")
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    told_so = capsys.readouterr().err
+    assert told in told_so
+    assert len(told_so.splitlines()) == 1
+
+
+def test_a_cell_is_escaped_unless_it_is_markup():
+    assert "<b>1</b>" in page.table(["a"], [[page.element("b", "1")]])
+    assert "&lt;b&gt;" in page.table(["a"], [["<b>"]])
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+QUIET += "--disable-background-networking --disable-component-update --disable-sync"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@pytest.mark.parametrize("kind", ["runs", "study"])
+def test_a_browser_shows_it(kind, runs, study, tmp_path):
+    """What Chromium makes of the page: the figures are there, and nothing is left blank."""
+    text = reporting.study_page(study) if kind == "study" else reporting.runs_page(runs)
+    # The page tells how wide it became, which no script of its own could.
+    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
+    file = tmp_path / "page.html"
+    file.write_text(text + probe)
+
+    def chromium(*options):
+        command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+        command += [*options, file.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout
+
+    dom = chromium("--window-size=500,900", "--dump-dom")
+    assert int(re.search(r"<title>(\d+)</title>", dom)[1]) <= 500  # no phone scrolls sideways
+    assert dom.count("<svg ") == len(svgs(text))
+    assert dom.count("</svg>") == len(svgs(text))
+    picture = tmp_path / "page.png"
+    chromium("--window-size=1200,1600", f"--screenshot={picture}")
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape == (1600, 1200, 3)
+    line = [int(plots.PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
+    assert (abs(pixels.astype(int) - line).max(-1) < 8).sum() > 300  # the first series' colour
