@@ -1,3 +1,4 @@
+import functools
 import html.parser
 import json
 import re
@@ -76,7 +77,8 @@ def runs(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("runs") / f"seed{seed}" for seed in (0, 1)]
     for seed, folder in enumerate(folders):
         path = f"{CONFIGS / 'digits_mlp.py'}:smoke"
-        given = [f"--config.seed={seed}", "--config.log.tensorboard=false"]
+        given = ["log.tensorboard=false", "checkpoint.every_steps=20", f"seed={seed}"]
+        given = [f"--config.{field}" for field in given]
         assert train(["--config", path, "--workdir", str(folder), *given]) == 0
     return folders
 
@@ -190,10 +192,14 @@ def study(tmp_path):
     verdict |= {"source": EVIL, "figures": ["one", "two", "../../one"], "full_scale": [entry]}
     (folder / "verdict.json").write_text(json.dumps(verdict))
     (folder / "table.csv").write_text(f'id,x\na,"{EVIL.replace(chr(34), chr(34) * 2)}"\n')
-    for name in ("one", "two"):
-        figure = plots.lines({"y": ([1, 2], [1, 2])}, title="T", x="x", y="y")
-        figure.save(folder / "figures" / f"{name}.svg")
+    for name in ("one", "two"):  # the same ids in both
+        (folder / "figures" / f"{name}.svg").write_text(saved())
     return folder
+
+
+@functools.cache
+def saved():
+    return plots.lines({"y": ([1, 2], [1, 2])}, title="T", x="x", y="y").svg()
 
 
 def test_a_study_is_reported(study, capsys):
