@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from lsdl import tasks
 from lsdl.checks import choice
 from lsdl.config import duration_steps, from_json, template, to_steps
-from lsdl.data import dataset
+from lsdl.data import dataset, ramp
 from lsdl.data.dataset import SPLITS, Dataset
+from lsdl.data.ramp import Ramp
 from lsdl.errors import UserError, nearest
 from lsdl.models import (
     alexnet,
@@ -207,11 +208,41 @@ def make_teacher(config: ConfigDict, data: Dataset) -> nn.Module | None:
     return make_module(from_json(stored["config"]), data)
 
 
+def make_ramp(config: ConfigDict, *, examples: int, units: dict) -> Ramp:
+    """`examples`: of the training split; `units`: as in `make_schedule`, without the ramp."""
+    rule, size = config.batch_ramp, config.batch_size
+    if not rule:
+        return ramp.make_ramp((), batch_size=size, examples=0, total_steps=units["total_steps"])
+    if config.total_steps is not None:
+        raise UserError(
+            f"batch_ramp={tuple(rule)} needs total_epochs, total_examples or total_tokens: "
+            f"total_steps={config.total_steps} does not say how many examples the run takes."
+        )
+    total = {
+        "epochs": (config.total_epochs or 0.0) * examples,
+        "examples": config.total_examples or 0,
+        "tokens": (config.total_tokens or 0) / max(units["tokens_per_example"], 1),
+    }
+    made = ramp.make_ramp(rule, batch_size=size, examples=max(total.values()), total_steps=0)
+    largest = max(phase.batch_size for phase in made.phases)
+    if largest > examples:
+        raise UserError(
+            f"batch_ramp={tuple(rule)} reaches batches of {largest}, larger than the {examples} "
+            "training examples."
+        )
+    if config.task == "contrastive":
+        raise UserError(
+            f"batch_ramp={tuple(rule)} must be () for task=contrastive: the larger batches come in "
+            "microbatches, and its loss is no sum over them."
+        )
+    return made
+
+
 def make_schedule(config: ConfigDict, *, units: dict) -> optax.Schedule:
     """`units`: what turns a duration into steps (`config.to_steps`)."""
     schedule, optim = config.optim.schedule, config.optim
     peak = scaled_peak(config)
-    warmup_steps = duration_steps(schedule, "warmup", **units)
+    warmup_steps = duration_steps(schedule, "warmup", **units, place=True)
     growth = 1.0
     if schedule.name == "exp_growth":
         if optim.name != "sgd":
@@ -249,7 +280,7 @@ def _boundaries(schedule: ConfigDict, warmup_steps: int, units: dict) -> tuple[i
     """In steps after the warm-up."""
     (unit,) = [u for u in ("steps", "epochs") if schedule[f"boundaries_{u}"]] or ["percent"]
     places = schedule[f"boundaries_{unit}"]
-    steps = [to_steps(unit, place, what="boundaries", **units) for place in places]
+    steps = [to_steps(unit, place, what="boundaries", **units, place=True) for place in places]
     if schedule.name == "step" and min(steps, default=warmup_steps) < warmup_steps:
         raise UserError(
             f"optim.schedule.boundaries_{unit}={tuple(places)} must lie after the warm-up, which "

@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -239,7 +240,7 @@ def _divisors(n: int) -> str:
 def duration_steps(group: ConfigDict, stem: str, **units) -> int:
     """The one duration `stem`_{steps,epochs,examples,tokens,percent} of `group`, in steps.
 
-    0 if there is none, which a config's other durations have not. `units`: as in `to_steps`.
+    0 if there is none: only `OPTIONAL_DURATIONS` may be missing. `units`: as in `to_steps`.
     """
     given = [u for u in UNITS if group.get(f"{stem}_{u}") is not None]
     return to_steps(given[0], group[f"{stem}_{given[0]}"], what=stem, **units) if given else 0
@@ -254,21 +255,36 @@ def to_steps(
     steps_per_epoch: int,
     tokens_per_example: int,
     total_steps: int = 0,
+    ramp: Any = None,
+    epoch_examples: int = 0,
+    place: bool = False,
 ) -> int:
     """`value` of `unit` in steps; `what` is the field's name without its unit.
 
     An epoch is `steps_per_epoch` steps: the split's examples // batch_size, because training
     drops the last partial batch. A duration other than 0 is at least one step.
+    Under a batch `ramp` an epoch is `epoch_examples`, and a percent is one of the run's examples; a
+    `place` in the run is where as many are taken, and any other length has the mean batch.
     """
     if unit == "tokens" and not tokens_per_example:
         raise UserError(f"{what}_tokens={value} needs a language task: give {what}_examples.")
-    steps = {
-        "steps": value,
-        "epochs": round(min(value * steps_per_epoch, 2.0**53)),
-        "examples": math.ceil(value / batch_size),
-        "tokens": math.ceil(value / (batch_size * max(tokens_per_example, 1))),
-        "percent": round(value / 100 * total_steps),
-    }[unit]
+    if ramp is None or unit == "steps":
+        steps = {
+            "steps": value,
+            "epochs": round(min(value * steps_per_epoch, 2.0**53)),
+            "examples": math.ceil(value / batch_size),
+            "tokens": math.ceil(value / (batch_size * max(tokens_per_example, 1))),
+            "percent": round(value / 100 * total_steps),
+        }[unit]
+    else:
+        examples = {
+            "epochs": min(value * epoch_examples, 2.0**53),
+            "examples": value,
+            "tokens": value / max(tokens_per_example, 1),
+            "percent": value / 100 * ramp.total_examples,
+        }[unit]
+        mean = ramp.total_examples / total_steps
+        steps = ramp.step_at(examples) if place else round(examples / mean)
     return max(steps, 1) if value else 0
 
 
@@ -308,12 +324,20 @@ def compare(stored: dict, current: dict) -> dict[str, tuple]:
 
     Raises `UserError` naming the first field that a resume may not change (`RESUMABLE`).
     """
+    # A field that an older lsdl did not have stands at its default, which changes nothing.
+    fresh = {field: value for field, value in to_json(template()).items() if field in current}
+    stored = fresh | stored
     changed = {
         field: (stored.get(field), current.get(field))
         for field in sorted(stored.keys() | current.keys())
         if stored.get(field) != current.get(field)
     }
     for field, (old, new) in changed.items():
+        if current.get("batch_ramp") and field.startswith("total_"):
+            raise UserError(
+                f"The workdir holds a run with {field}={old} and a batch_ramp, whose steps take "
+                f"other examples with {field}={new}: choose another --workdir, or take it back."
+            )
         if not RESUMABLE.match(field):
             raise UserError(
                 f"The workdir holds a run with {field}={old}, and this one has {field}={new}: "

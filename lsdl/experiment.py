@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,22 @@ from lsdl.checkpoint import check_weights, with_shardings
 from lsdl.config import duration_steps, from_json, load
 from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
+from lsdl.data.ramp import Ramp
 from lsdl.errors import UserError
 from lsdl.planner import tree
 from lsdl.sharding import inspect, partition, placement, rules
 from lsdl.sharding import mesh as meshes
 from lsdl.state import Batch, TrainState
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The steps of one batch size, and their program."""
+
+    first_step: int
+    batch_size: int
+    train_step: partition.Program  # (state, batch) -> (state, metrics)
+    abstract_batch: Batch  # with shardings
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,6 @@ class Experiment:
     tx: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     abstract_state: TrainState  # with shardings: what to restore into
-    abstract_batch: Batch  # likewise, of training
     abstract_gradients: Any  # likewise, of one step
     shardings: TrainState
     placements: list[placement.Placement]
@@ -52,7 +63,8 @@ class Experiment:
     init_from: Path | None  # checkpoints whose weights replace the initial ones
     init_fresh: str  # regex of the leaves that they do not replace; "": none
     teacher: Path | None  # checkpoints of the model whose outputs are distilled
-    train_step: partition.Program  # (state, batch) -> (state, metrics)
+    phases: tuple[Phase, ...]  # one, but for a batch ramp
+    ramp: Ramp  # the batch sizes that they have
     eval_step: partition.Program  # (state, batch) -> sums
     whole_run: partition.Program  # (key, rates_T, batches_T) -> (state, metrics_T), on one device
     train_loader: Callable[[], Loader]
@@ -68,6 +80,16 @@ class Experiment:
     keep_best: int
     tensorboard: bool
     notes: tuple[str, ...]  # what the user should know before the run starts
+
+    @property
+    def train_step(self) -> partition.Program:
+        """The first phase's."""
+        return self.phases[0].train_step
+
+    @property
+    def abstract_batch(self) -> Batch:
+        """Of the first phase, with shardings."""
+        return self.phases[0].abstract_batch
 
 
 def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = None) -> Experiment:
@@ -106,10 +128,14 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         steps_per_epoch=steps_per_epoch,
         tokens_per_example=task.units_per_example if task.unit == "tokens" else 0,
     )
-    total_steps = duration_steps(config, "total", **units)
+    units["total_steps"] = duration_steps(config, "total", **units)
+    ramp = components.make_ramp(config, examples=counts["train"], units=units)
+    total_steps = ramp.total_steps
     if total_steps >= 2**31:
         raise UserError(f"The run would have {total_steps} steps: 2^31 is where their count ends.")
     units["total_steps"] = total_steps
+    if len(ramp.phases) > 1:
+        units |= dict(ramp=ramp, epoch_examples=counts["train"])
 
     checks.check_ranges(config.model)
     checks.check_divides(config, mesh, data)
@@ -132,18 +158,27 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
 
     init = jax.jit(lambda: nn.unbox(make_init(jax.random.key(seed))), out_shardings=shardings)
     prepare = steps.make_prepare(task)
-    grads = steps.make_grads(
-        module.apply, task, accum=config.accum, teacher=teacher and teacher.apply
+    make_grads = functools.partial(
+        steps.make_grads, module.apply, task, teacher=teacher and teacher.apply
     )
-    train_step = partition.partition(
-        config.partitioner,
-        prepare,
-        grads,
-        steps.make_update(tx, schedule),
-        shardings=shardings,
-        gradients=gradients,
-        **placed,
-    )
+
+    def make_phase(part) -> Phase:
+        """Its microbatches are those of the first phase, and more of them: so is its memory."""
+        train_step = partition.partition(
+            config.partitioner,
+            prepare,
+            make_grads(accum=config.accum * part.factor),
+            steps.make_update(tx, schedule),
+            shardings=shardings,
+            gradients=gradients,
+            **placed,
+        )
+        abstract_batch = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding)
+            for name, leaf in task.spec(part.batch_size).items()
+        }
+        return Phase(part.first_step, part.batch_size, train_step, abstract_batch)
+
     # Evaluation runs under jit whatever the partitioner: it has no gradients to reduce.
     eval_step = partition.program(
         steps.make_eval_step(module.apply, task),
@@ -152,7 +187,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     )
     whole_run = steps.make_run(
         prepare,
-        grads,
+        make_grads(accum=config.accum),
         lambda schedule: components.make_optimizer(config, schedule),
         lambda tx, key: nn.unbox(
             steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)(key)
@@ -164,6 +199,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         seed=seed,
         sampling=checks.choice("data.sampling", config.data.sampling, ("epoch", "replace")),
         prefetch=config.data.prefetch,
+        ramp=ramp,
     )
 
     return Experiment(
@@ -175,10 +211,6 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         tx=tx,
         schedule=schedule,
         abstract_state=abstract_state,
-        abstract_batch={
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding)
-            for name, leaf in spec.items()
-        },
         abstract_gradients=with_shardings(nn.unbox(boxed.params), gradients),
         shardings=shardings,
         placements=placements,
@@ -188,7 +220,8 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         init_from=init_from,
         init_fresh=config.init_fresh,
         teacher=teacher_weights,
-        train_step=train_step,
+        phases=tuple(map(make_phase, ramp.phases)),
+        ramp=ramp,
         eval_step=eval_step,
         whole_run=partition.program(whole_run, mesh=None, rules=(), precision=config.precision),
         train_loader=lambda: loader(
@@ -230,7 +263,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
         tensorboard=config.log.tensorboard,
-        notes=_notes(config, boxed.model_state, placements),
+        notes=(*_ramp_notes(config, ramp), *_notes(config, boxed.model_state, placements)),
     )
 
 
@@ -240,6 +273,7 @@ ALONE = {
     "dcn_mesh": "",
     "partitioner": "jit",
     "accum": 1,
+    "batch_ramp": (),
     "init_from": "",
     "teacher": "",
     "loss.distill_weight": 0.0,
@@ -282,6 +316,17 @@ def _num_parameters(placements: Sequence[placement.Placement], module: nn.Module
     return sum(sizes) - sum(padding.values())
 
 
+def _ramp_notes(config: ConfigDict, ramp: Ramp) -> list[str]:
+    """One for each change of the batch size."""
+    return [
+        f"batch {before.batch_size:,} -> {after.batch_size:,} from step {after.first_step + 1:,} "
+        f"of {ramp.total_steps:,} on (accum {config.accum * before.factor} -> "
+        f"{config.accum * after.factor}), after {after.first_example:,} of "
+        f"{ramp.total_examples:,} examples."
+        for before, after in itertools.pairwise(ramp.phases)
+    ]
+
+
 def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str, ...]:
     notes = []
     schedule = config.optim.schedule
@@ -290,7 +335,7 @@ def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str
             f"The peak rate is {components.scaled_peak(config):.6g}: {schedule.peak:g} scaled "
             f"({schedule.scaling}) from a batch of {schedule.base_batch} to {config.batch_size}."
         )
-    if model_state.keys() - {steps.TEACHER} and config.accum > 1:
+    if model_state.keys() - {steps.TEACHER} and (config.accum > 1 or config.batch_ramp):
         notes.append(
             f"BatchNorm with accum={config.accum} normalises over microbatches of "
             f"{config.batch_size // config.accum}: a different experiment from accum=1."

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -180,25 +180,26 @@ def _train(
     last, task = experiment.total_steps, experiment.task
     if first >= last:
         return Outcome(first, state=state)
-    compiled = experiment.train_step.lower(
-        experiment.abstract_state, experiment.abstract_batch
-    ).compile()
+    programs, ramp = _compiled(experiment, first), experiment.ramp
     batches = experiment.train_loader().batches(first, last)
-    progress = Progress(first, last, experiment.name, silent=not is_main())
+    counted = dict(size=ramp.examples_before, unit="example") if len(ramp.phases) > 1 else {}
+    progress = Progress(first, last, experiment.name, silent=not is_main(), **counted)
     due = lambda step, every: step % every == 0 or step == last  # noqa: E731
     pending = None  # (step, metrics) dispatched and not yet written
-    step = first
+    step = written = first
 
     def flush():
-        nonlocal pending
+        nonlocal pending, written
         if pending is not None:
             number, metrics = pending
             values = jax.device_get(metrics)
-            examples_seen = number * experiment.batch_size
+            examples_seen = ramp.examples_before(number)
             rate = progress.lap(number)
+            batch_size = (examples_seen - ramp.examples_before(written)) / (number - written)
+            written = number
             row = values | task.derive(values)
             row |= {"examples_seen": examples_seen, "step_time_s": rate}
-            row["examples_per_s"] = experiment.batch_size / rate
+            row["examples_per_s"] = batch_size / rate
             if task.unit != "examples":
                 units = task.units_per_example
                 row[f"{task.unit}_seen"] = examples_seen * units
@@ -209,7 +210,7 @@ def _train(
 
     for step in range(first + 1, last + 1):
         batch = next(batches)
-        state, metrics = compiled(state, batch)
+        state, metrics = programs[ramp.phase_at(step - 1).first_step](state, batch)
         flush()
         if due(step, experiment.log_every_steps):
             pending = (step, metrics)
@@ -228,10 +229,25 @@ def _train(
         if stopping:
             break
     jax.block_until_ready(state)
-    rate = (step - first) * experiment.batch_size / progress.running_s()
+    seen = ramp.examples_before(step) - ramp.examples_before(first)
+    rate = seen / progress.running_s()
     progress.close()
     stopped = stop.signal if step < last else None
     return Outcome(step, signal=stopped, state=state, examples_per_s=rate)
+
+
+def _compiled(experiment: Experiment, first: int) -> dict[int, Callable]:
+    """{first step of a phase: its program}, of the phases that are not over.
+
+    All before the first step: what does not compile says so now, not days later, and no step of
+    the run is slower than its neighbours.
+    """
+    state, now = experiment.abstract_state, experiment.ramp.phase_at(first).first_step
+    return {
+        phase.first_step: phase.train_step.lower(state, phase.abstract_batch).compile()
+        for phase in experiment.phases
+        if phase.first_step >= now
+    }
 
 
 # The last rows of a complete run: the final state on every split.

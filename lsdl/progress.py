@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,15 +13,27 @@ from tqdm import tqdm
 class Progress:
     """Steps `first` to `last` of the job `name`, shown on stderr unless `silent`.
 
+    With `size`, `size(step)` units being done after `step` steps, the bar and its ETA are in these.
     What happens within `pause` counts neither as time spent nor in the bar's rate and ETA.
     """
 
-    def __init__(self, first: int, last: int, name: str, *, silent: bool):
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        name: str,
+        *,
+        silent: bool,
+        size: Callable[[int], int] | None = None,
+        unit: str = "step",
+    ):
+        self._size = size or (lambda step: step)
+        self._step = first
         self._bar = tqdm(
-            total=last,
-            initial=first,
+            total=self._size(last),
+            initial=self._size(first),
             desc=name,
-            unit="step",
+            unit=unit,
             disable=silent,
             file=sys.stderr,
             mininterval=0.2 if sys.stderr.isatty() else 5.0,
@@ -31,7 +43,8 @@ class Progress:
         self._start = self._lap_start = time.perf_counter()
 
     def advance(self) -> None:
-        self._bar.update()
+        self._step += 1
+        self._bar.update(self._size(self._step) - self._size(self._step - 1))
 
     def show(self, **values: str) -> None:
         """Put `values` behind the bar when it is drawn next."""

@@ -17,6 +17,9 @@ def template() -> ConfigDict:
 
     config.batch_size = 128  # global batch: examples per optimizer update
     config.accum = 1  # microbatches per update
+    # (percent, factor) in order: from there on, in percent of the run's examples, a step takes
+    # factor x batch_size examples in factor x accum microbatches
+    config.batch_ramp = ()
     config.precision = "float32"  # of the computation: float32 | bfloat16; parameters are float32
     _durations(config, "total")
 

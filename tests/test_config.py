@@ -628,6 +628,14 @@ def test_field_on_one_side_alone_is_a_change(stored, current):
     assert list(compare(*as_log)) == ["log.x"]
 
 
+def test_a_field_that_an_older_run_lacks_stands_at_its_default():
+    current = to_json(configs.load(DIGITS)[0])
+    stored = {field: value for field, value in current.items() if field != "batch_ramp"}
+    assert compare(stored, current) == {}
+    ramped = current | {"batch_ramp": [[50.0, 4]]}
+    assert "batch_ramp=[]" in refusal(compare, stored, ramped)
+
+
 @pytest.mark.parametrize("name", ["digits_resnet", "digits_clip:sigmoid", "lm_gpt2:1.5b"])
 def test_a_stored_config_comes_back_as_it_was(load, name):
     config = load(name)

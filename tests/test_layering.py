@@ -29,7 +29,7 @@ LEVELS = [
     [
         *("data.folder", "data.readers", "data.digits", "data.tabular", "data.synthetic"),
         *("data.captions", "data.stdlib", "data.text", "data.corpus", "data.sources"),
-        *("data.part", "data.transforms", "data.dataset", "data.loader"),
+        *("data.part", "data.transforms", "data.dataset", "data.ramp", "data.loader"),
         *("models.remat", "models.layers", "models.moe", "models.transformer"),
         *("models.mlp", "models.alexnet", "models.inception", "models.resnet"),
         *("models.efficientnet", "models.regnet"),

@@ -66,9 +66,9 @@ def record(load, monkeypatch):
     def record(*, stop=None, **every):
         log = []
         fields = {f"{name}_steps": steps for name, steps in every.items()}
-        experiment = dataclasses.replace(
-            build(load("digits_mlp:smoke")), train_step=Program(log), log_every_steps=1, **fields
-        )
+        experiment = build(load("digits_mlp:smoke"))
+        phase = dataclasses.replace(experiment.phases[0], train_step=Program(log))
+        experiment = dataclasses.replace(experiment, phases=(phase,), log_every_steps=1, **fields)
         monkeypatch.setattr(loop.jax, "device_get", lambda tree: jax.tree.map(np.asarray, tree))
         monkeypatch.setattr(loop, "evaluate", lambda *_, **__: log.append("eval") or {"loss": 1.0})
         state = np.zeros(())

@@ -1,9 +1,10 @@
-"""`loader.batch(step)`: the global batch of a step, a pure function of (seed, step).
+"""`loader.batch(step)`: the global batch of a step, a pure function of (seed, step) and its ramp.
 
 A resumed or resized run needs no iterator state: it asks for the next step. Which rows a process
 reads follows from where the mesh puts the batch, never from the process's number.
 """
 
+import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from lsdl.data.ramp import Ramp
 from lsdl.data.readers import EVALUATION, TRAIN, generator
 from lsdl.data.transforms import Transform
 from lsdl.state import Batch
@@ -34,8 +36,10 @@ def permuted(positions: np.ndarray, *, examples: int, seed: int, epoch: int) -> 
 class Loader:
     """Batches of one split as global arrays.
 
-    Training (`train=True`) shuffles and drops each epoch's last partial batch. Evaluation reads in
-    order, counts every example once, and fills the last batch with rows of weight 0.
+    Training (`train=True`) shuffles and drops each epoch's last partial batch. With a `ramp` of
+    several batch sizes there is none: the permutations follow one another, through the batches.
+    Evaluation reads in order, counts every example once, and fills the last batch with rows of
+    weight 0.
     A batch has the leaves of `spec`, of which `weight` is made here. `limit`: only the split's
     first examples.
     """
@@ -53,6 +57,7 @@ class Loader:
         transforms: Sequence[Transform] = (),
         prefetch: int = 2,
         limit: int | None = None,
+        ramp: Ramp | None = None,
     ):
         self._reader = reader
         self._spec = {name: leaf for name, leaf in spec.items() if name != "weight"}
@@ -66,17 +71,27 @@ class Loader:
         self.num_examples = min(len(reader), limit or len(reader))
         full, rest = divmod(self.num_examples, batch_size)
         self.num_batches = full if train or not rest else full + 1
-        shards = sharding.addressable_devices_indices_map((batch_size,)).values()
-        self._rows = np.unique(np.concatenate([np.arange(batch_size)[s] for s in shards]))
+        self._ramp = ramp if ramp and len(ramp.phases) > 1 else None
+
+    def batch_size_at(self, step: int) -> int:
+        return self._ramp.batch_size_at(step) if self._ramp else self._batch_size
+
+    @functools.cache  # noqa: B019  (as many entries as batch sizes, and it ends with the run)
+    def _own(self, batch_size: int) -> np.ndarray:
+        """The rows that this process's devices hold."""
+        shards = self._sharding.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(batch_size)[s] for s in shards]))
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`; for evaluation, the split's `step`-th batch of `num_batches`."""
-        host = self.rows(step, self._rows)
-        place = np.full(self._batch_size, -1)
-        place[self._rows] = np.arange(len(self._rows))
+        size = self.batch_size_at(step)
+        own = self._own(size)
+        host = self.rows(step, own)
+        place = np.full(size, -1)
+        place[own] = np.arange(len(own))
 
         def make(leaf):
-            shape = (self._batch_size, *leaf.shape[1:])
+            shape = (size, *leaf.shape[1:])
             pick = lambda index: leaf[place[index[0]]]  # noqa: E731
             return jax.make_array_from_callback(shape, self._sharding, pick)
 
@@ -92,14 +107,15 @@ class Loader:
 
     def rows(self, step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Those `rows` of the global batch of `step`, on the host."""
-        epoch, index, counter = self._locate(step, rows)
+        index, epoch, counter = self._locate(step, rows)
         valid = index >= 0
         index = np.maximum(index, 0)  # padding repeats the first example, with weight 0
         if not self._transforms and hasattr(self._reader, "rows"):
             found = self._reader.rows(index)
             batch = {name: found[name] for name in self._spec}
         else:
-            examples = [self._example(i, epoch, c) for i, c in zip(index, counter, strict=True)]
+            drawn = zip(index, epoch, counter, strict=True)
+            examples = [self._example(*row) for row in drawn]
             batch = {name: np.stack([e[name] for e in examples]) for name in self._spec}
         batch = {name: batch[name].astype(leaf.dtype) for name, leaf in self._spec.items()}
         for name, leaf in self._spec.items():
@@ -108,26 +124,34 @@ class Loader:
         batch["weight"] = valid.astype(np.float32)
         return batch
 
-    def _locate(self, step: int, rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-        """The epoch, each row's record index (-1: padding), and each row's random counter."""
+    def _locate(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each row's record index (-1: padding), and the epoch and counter of its random draws."""
         examples = self.num_examples
         if not self._train:
             position = step * self._batch_size + rows
-            return 0, np.where(position < examples, position, -1), position
+            return np.where(position < examples, position, -1), np.zeros_like(rows), position
         if self._sampling == "replace":
             draws = generator(self._seed, TRAIN, step, 2**63)
-            draws = draws.integers(examples, size=self._batch_size)
-            return step, draws[rows], rows
-        epoch, step_in_epoch = divmod(step, self.num_batches)
-        position = step_in_epoch * self._batch_size + rows
-        index = permuted(position, examples=examples, seed=self._seed, epoch=epoch)
-        return epoch, index, position
+            draws = draws.integers(examples, size=self.batch_size_at(step))
+            return draws[rows], np.full_like(rows, step), rows
+        if self._ramp:
+            epoch, position = np.divmod(self._ramp.examples_before(step) + rows, examples)
+        else:
+            number, step_in_epoch = divmod(step, self.num_batches)
+            epoch = np.full_like(rows, number)
+            position = step_in_epoch * self._batch_size + rows
+        index = np.empty_like(position)
+        for number in np.unique(epoch):
+            among = epoch == number
+            where = dict(examples=examples, seed=self._seed, epoch=int(number))
+            index[among] = permuted(position[among], **where)
+        return index, epoch, position
 
     def _example(self, index: int, epoch: int, counter: int) -> dict[str, np.ndarray]:
         example = {name: np.asarray(value) for name, value in self._reader[int(index)].items()}
         if self._transforms:
             stream = TRAIN if self._train else EVALUATION
-            rng = generator(self._seed, stream, epoch, counter)
+            rng = generator(self._seed, stream, int(epoch), int(counter))
             for transform in self._transforms:
                 example = transform(example, rng)
         return example

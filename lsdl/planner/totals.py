@@ -34,7 +34,7 @@ def make_plan(model: tree.Node, step: Jaxpr, experiment: Any) -> dict[str, Any]:
     """What a run takes, as JSON values.
 
     `model` has the FLOPs of one example's forward pass, `step` is the train step's program;
-    `experiment`: what has `total_steps` and `abstract_state`, `abstract_gradients` and
+    `experiment`: what has `total_steps`, a `ramp` and `abstract_state`, `abstract_gradients` and
     `abstract_batch`, with shardings.
     """
     state, batch = experiment.abstract_state, experiment.abstract_batch
@@ -59,7 +59,7 @@ def make_plan(model: tree.Node, step: Jaxpr, experiment: Any) -> dict[str, Any]:
         "model_flops_per_example": model_flops,
         "step_flops_per_example": round(flops.total() / batch_size),
         "total_steps": total_steps,
-        "total_flops": model_flops * batch_size * total_steps,
+        "total_flops": model_flops * experiment.ramp.total_examples,
     }
 
 
