@@ -3,7 +3,18 @@
 Shape letters: N examples, B batch, D pixels, H hidden, C classes, T steps.
 """
 
-from lsdl.studies.claim import Expected
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lsdl.analysis import descent
+from lsdl.state import stream
+from lsdl.studies.claim import Cell, Claim, Expected, judged
 
 CLAIM = (
     "For a network that does not heed the scale of its weights, weight decay at a fixed learning "
@@ -48,3 +59,181 @@ EXPECTED = {
         high=1.4817,
     ),
 }
+
+STEPS, BATCH, HIDDEN = 400, 128, 64
+RATE, DECAY, MOMENTUM = 0.4, 5e-3, 0.9
+GAIN = 4.0  # of the logits
+
+
+def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
+    """Five runs on the same batches, for each seed; the paper's pair at full scale."""
+    if scale == "full":
+        decay = {
+            "optim.weight_decay": 5e-4,
+            "optim.schedule.name": "constant",
+            "optim.decay_mask": ((r".*", True),),
+        }
+        return [Cell("decay", {"arm": "decay"}, "configs/cifar10_resnet.py:32", decay)]
+    return [Cell(f"s{seed}", {"seed": seed}) for seed in seeds]
+
+
+def alpha(rate: float, decay: float, momentum: float) -> float:
+    """The larger root of x^2 - (1 + momentum - decay rate) x + momentum."""
+    half = (1 + momentum - decay * rate) / 2
+    return half + math.sqrt(half**2 - momentum)
+
+
+def growing(rate: float, alpha: float) -> optax.Schedule:
+    """The rate eta alpha^(-2t-1)."""
+    return lambda t: rate * jnp.exp(-(2 * t + 1) * math.log(alpha))
+
+
+def measure(cell: Cell, folder: Path) -> dict:
+    """Distances of directions from the run with decay, norms and losses; in float64."""
+    a = alpha(RATE, DECAY, MOMENTUM)
+    with jax.enable_x64(True):
+        runs = {
+            name: jax.tree.map(np.asarray, run)
+            for name, run in _runs(cell.settings["seed"]).items()
+        }
+    reference = runs["decay"]
+    row = {"alpha": a, "growth": a ** (-2 * (STEPS - 1))}
+    for name, run in runs.items():
+        away = [
+            np.linalg.norm(run["direction"][k] - reference["direction"][k], axis=(1, 2))
+            for k in ("w_DH", "w_HC")
+        ]
+        row[f"distance {name}"] = np.max(away, axis=0).tolist()
+        row[f"norm {name}"] = run["norm"].tolist()
+        row[f"loss {name}"] = run["loss"].tolist()
+    return row
+
+
+def _runs(seed: int) -> dict:
+    key = jax.random.key(seed)
+    x_ND, label_N = descent.digits("train")
+    y_NC = descent.one_hot(label_N)
+    id_TB = jax.random.randint(stream(key, "batches"), (STEPS, BATCH), 0, len(x_ND))
+    start = {
+        "w_DH": jax.random.normal(stream(key, "first"), (x_ND.shape[1], HIDDEN)),
+        "w_HC": jax.random.normal(stream(key, "second"), (HIDDEN, y_NC.shape[1])),
+    }
+    start = jax.tree.map(lambda w: w / jnp.linalg.norm(w), start)
+
+    return _courses(jnp.asarray(x_ND), jnp.asarray(y_NC), id_TB, start)
+
+
+@jax.jit
+def _courses(x_ND: jax.Array, y_NC: jax.Array, id_TB: jax.Array, start: dict) -> dict:
+    """Directions, norms and losses on the first batch, of each arm after each step."""
+
+    def loss(params, id_B):
+        z_BC = network(params, x_ND[id_B])
+        return (jax.nn.logsumexp(z_BC, 1) - (z_BC * y_NC[id_B]).sum(1)).mean()
+
+    def record(params):
+        norms = jax.tree.map(jnp.linalg.norm, params)
+        return {
+            "direction": jax.tree.map(jnp.divide, params, norms),
+            "norm": norms["w_DH"],
+            "loss": loss(params, id_TB[0]),
+        }
+
+    a = alpha(RATE, DECAY, MOMENTUM)
+    fixed = optax.sgd(RATE, MOMENTUM)
+    schedule = growing(RATE, a)
+    inside = optax.chain(optax.scale_by_learning_rate(schedule), optax.trace(MOMENTUM))
+    # A buffer as if the step before the first had followed the growing rate as well.
+    before = jax.tree.map(lambda w: -(1 - a) / (a * RATE) * w, start)
+    arms = {
+        "decay": (optax.chain(optax.add_decayed_weights(DECAY), fixed), {}),
+        "growing rate": (optax.sgd(schedule, MOMENTUM), before),
+        "zero buffer": (optax.sgd(schedule, MOMENTUM), {}),
+        "rate inside": (inside, jax.tree.map(lambda w: (1 - a) * w, start)),
+        "no decay": (fixed, {}),
+    }
+
+    return {
+        name: descent.descend(
+            tx, jax.grad(loss), start, id_TB, state=_state(tx, start, trace), record=record
+        )[1]
+        for name, (tx, trace) in arms.items()
+    }
+
+
+def network(params: dict, x_BD: jax.Array) -> jax.Array:
+    """Logits `z_BC` that do not heed the scale of either weight: each is divided by its norm."""
+    first_DH = params["w_DH"] / jnp.linalg.norm(params["w_DH"]) * HIDDEN**0.5
+    second_HC = params["w_HC"] / jnp.linalg.norm(params["w_HC"]) * GAIN
+    return jnp.tanh(x_BD @ first_DH) @ second_HC
+
+
+def _state(tx: optax.GradientTransformation, params: dict, trace: dict):
+    """The optimiser's first state, momentum's buffer set to `trace` if there is one."""
+    state = tx.init(params)
+    if not trace:
+        return state
+    is_trace = lambda leaf: isinstance(leaf, optax.TraceState)  # noqa: E731
+    return jax.tree.map(
+        lambda s: optax.TraceState(trace) if is_trace(s) else s, state, is_leaf=is_trace
+    )
+
+
+def claims(table: Sequence[dict]) -> list[Claim]:
+    """Distances between the runs, at their largest, and the growth of rate and norm."""
+    paper = alpha(0.1, 5e-4, 0.9)
+
+    def largest(name):
+        return [max(row[f"distance {name}"]) for row in table]
+
+    def norms(row):
+        ratio = row["norm growing rate"][-1] / row["norm decay"][-1]
+        return ratio / row["alpha"] ** -STEPS
+
+    def losses(row):
+        return np.abs(np.subtract(row["loss decay"], row["loss growing rate"])).max()
+
+    values = {
+        "directions": largest("growing rate"),
+        "growth": [row["growth"] for row in table],
+        "norms": [norms(row) for row in table],
+        "losses": [losses(row) for row in table],
+        "zero_buffer": largest("zero buffer"),
+        "inside": largest("rate inside"),
+        "no_decay": largest("no decay"),
+        "alpha": paper,
+        "epoch": paper ** (-2 * 391),
+    }
+    return judged(EXPECTED, values)
+
+
+def figure(table: Sequence[dict]) -> dict:
+    """Distance from the run with decay, norms and losses, step by step."""
+    from lsdl import plots
+
+    row, steps = table[0], list(range(1, STEPS + 1))
+    arms = ("growing rate", "zero buffer", "rate inside", "no decay")
+    every = ("decay", *arms)
+    return {
+        "directions": plots.lines(
+            {arm: (steps, row[f"distance {arm}"]) for arm in arms},
+            title="How far the weights' directions are from those with decay",
+            x="step",
+            y="distance of unit vectors",
+            logy=True,
+        ),
+        "norms": plots.lines(
+            {arm: (steps, row[f"norm {arm}"]) for arm in every},
+            title="Norm of the first weight",
+            x="step",
+            y="norm",
+            logy=True,
+        ),
+        "losses": plots.lines(
+            {arm: (steps, row[f"loss {arm}"]) for arm in every},
+            title="128 training digits",
+            x="step",
+            y="loss",
+            logy=True,
+        ),
+    }
