@@ -45,6 +45,7 @@ LEVELS = [
     [
         *("planner.count", "planner.tree", "planner.totals", "planner.hlo", "planner.collectives"),
         *("analysis.parameter_server", "analysis.batch_statistics"),
+        *("analysis.descent", "analysis.quadratic", "analysis.logistic"),
     ],
     ["checks", "components", "evaluation", "experiment"],
     ["loop", "checkup", "sweep", "reporting"],
@@ -73,7 +74,9 @@ DOORS = {
     "tensorboardX": {"metrics"},
     "safetensors": {"weights"},
     "optax": {"optim.schedules", "optim.chain", "step", "tasks", "components", "experiment"}
-    | {"analysis.parameter_server"},
+    | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
+    | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
+    | {"studies.adam_minimum", "studies.explr"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
     "ml_collections": {"schema", "config", "checks", "components", "evaluation", "experiment"},

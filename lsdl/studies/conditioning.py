@@ -148,7 +148,7 @@ MOMENTA = {"momentum 0": 0.0, "momentum 0.9": 0.9, "momentum 0.99": 0.99}
 TARGET = 1e-6
 
 
-def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
+def cells(scale: str, seeds: int) -> list[Cell]:
     """Two planes, a spectrum and the formulas of momentum; exact, so that no seed plays a part."""
     if scale == "full":
         return [Cell("spectrum", {"kind": "spectrum", "kappa": 100, "dims": 1_000_000})]

@@ -42,6 +42,12 @@ EXPECTED = {
         "largest distance between the two runs' losses over 400 steps", _THEOREM, high=1e-6
     ),
     "zero_buffer": Expected(_CONTROL + "the buffer starts at zero", _BUFFER, low=0.5),
+    "zero_buffer_large": Expected(
+        _CONTROL + "the buffer starts at zero, weights of He's scale where the other runs start "
+        "from norm 1: at a lower effective rate the buffer counts for longer",
+        _BUFFER,
+        low=0.5,
+    ),
     "inside": Expected(_CONTROL + "the rate inside the buffer", _BUFFER, low=0.5),
     "no_decay": Expected(
         _CONTROL + "no decay at the fixed rate", "Li and Arora 2020: decay is what grows", low=0.5
@@ -65,7 +71,7 @@ RATE, DECAY, MOMENTUM = 0.4, 5e-3, 0.9
 GAIN = 4.0  # of the logits
 
 
-def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
+def cells(scale: str, seeds: int) -> list[Cell]:
     """Five runs on the same batches, for each seed; the paper's pair at full scale."""
     if scale == "full":
         decay = {
@@ -74,7 +80,10 @@ def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
             "optim.decay_mask": ((r".*", True),),
         }
         return [Cell("decay", {"arm": "decay"}, "configs/cifar10_resnet.py:32", decay)]
-    return [Cell(f"s{seed}", {"seed": seed}) for seed in seeds]
+    starts = ("unit", "he")
+    return [
+        Cell(f"{s}-s{seed}", {"start": s, "seed": seed}) for s in starts for seed in range(seeds)
+    ]
 
 
 def alpha(rate: float, decay: float, momentum: float) -> float:
@@ -92,10 +101,7 @@ def measure(cell: Cell, folder: Path) -> dict:
     """Distances of directions from the run with decay, norms and losses; in float64."""
     a = alpha(RATE, DECAY, MOMENTUM)
     with jax.enable_x64(True):
-        runs = {
-            name: jax.tree.map(np.asarray, run)
-            for name, run in _runs(cell.settings["seed"]).items()
-        }
+        runs = {name: jax.tree.map(np.asarray, run) for name, run in _runs(**cell.settings).items()}
     reference = runs["decay"]
     row = {"alpha": a, "growth": a ** (-2 * (STEPS - 1))}
     for name, run in runs.items():
@@ -109,18 +115,19 @@ def measure(cell: Cell, folder: Path) -> dict:
     return row
 
 
-def _runs(seed: int) -> dict:
+def _runs(start: str, seed: int) -> dict:
     key = jax.random.key(seed)
     x_ND, label_N = descent.digits("train")
     y_NC = descent.one_hot(label_N)
     id_TB = jax.random.randint(stream(key, "batches"), (STEPS, BATCH), 0, len(x_ND))
-    start = {
+    weights = {
         "w_DH": jax.random.normal(stream(key, "first"), (x_ND.shape[1], HIDDEN)),
         "w_HC": jax.random.normal(stream(key, "second"), (HIDDEN, y_NC.shape[1])),
     }
-    start = jax.tree.map(lambda w: w / jnp.linalg.norm(w), start)
+    scale = {"unit": jnp.linalg.norm, "he": lambda w: (len(w) / 2) ** 0.5}[start]
+    weights = jax.tree.map(lambda w: w / scale(w), weights)
 
-    return _courses(jnp.asarray(x_ND), jnp.asarray(y_NC), id_TB, start)
+    return _courses(jnp.asarray(x_ND), jnp.asarray(y_NC), id_TB, weights)
 
 
 @jax.jit
@@ -183,8 +190,10 @@ def claims(table: Sequence[dict]) -> list[Claim]:
     """Distances between the runs, at their largest, and the growth of rate and norm."""
     paper = alpha(0.1, 5e-4, 0.9)
 
-    def largest(name):
-        return [max(row[f"distance {name}"]) for row in table]
+    unit = [row for row in table if row["start"] == "unit"]
+
+    def largest(name, rows=unit):
+        return [max(row[f"distance {name}"]) for row in rows]
 
     def norms(row):
         ratio = row["norm growing rate"][-1] / row["norm decay"][-1]
@@ -194,11 +203,12 @@ def claims(table: Sequence[dict]) -> list[Claim]:
         return np.abs(np.subtract(row["loss decay"], row["loss growing rate"])).max()
 
     values = {
-        "directions": largest("growing rate"),
+        "directions": largest("growing rate", table),
         "growth": [row["growth"] for row in table],
         "norms": [norms(row) for row in table],
         "losses": [losses(row) for row in table],
         "zero_buffer": largest("zero buffer"),
+        "zero_buffer_large": largest("zero buffer", [row for row in table if row["start"] == "he"]),
         "inside": largest("rate inside"),
         "no_decay": largest("no decay"),
         "alpha": paper,

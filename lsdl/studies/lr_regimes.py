@@ -69,7 +69,7 @@ SWEEP = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 INFINITE = 1e30
 
 
-def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
+def cells(scale: str, seeds: int) -> list[Cell]:
     """A network for each seed, and the quadratic; at full scale a sweep of nine rates."""
     if scale == "full":
         published = {0.1: "test error 8.75% (He et al. 2016, table 6)"}
@@ -83,7 +83,9 @@ def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
             )
             for rate in SWEEP
         ]
-    networks = [Cell(f"network-s{seed}", {"kind": "network", "seed": seed}) for seed in seeds]
+    networks = [
+        Cell(f"network-s{seed}", {"kind": "network", "seed": seed}) for seed in range(seeds)
+    ]
     return [Cell("quadratic", {"kind": "quadratic", "seed": 0}), *networks]
 
 

@@ -97,7 +97,7 @@ EPOCHS, BATCH, RATE, DECAY = 1_000, 16, 0.1, 0.03
 ARMS = ("GD", "SGD, constant rate", "SGD, rate 1/t")
 
 
-def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
+def cells(scale: str, seeds: int) -> list[Cell]:
     """The noisy quadratic and logistic regression, for each seed; ResNet-50 at full scale."""
     if scale == "full":
         name = "optim.schedule.name"
@@ -111,7 +111,7 @@ def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
             for schedule in ("constant", "warmup_cosine")
         ]
     kinds = ("noisy", "phases")
-    return [Cell(f"{k}-s{seed}", {"kind": k, "seed": seed}) for k in kinds for seed in seeds]
+    return [Cell(f"{k}-s{seed}", {"kind": k, "seed": seed}) for k in kinds for seed in range(seeds)]
 
 
 def measure(cell: Cell, folder: Path) -> dict:

@@ -80,7 +80,7 @@ FORMS = ("raw", "centred", "standardised", "whitened")
 TARGET = 1e-3
 
 
-def cells(scale: str, seeds: Sequence[int]) -> list[Cell]:
+def cells(scale: str, seeds: int) -> list[Cell]:
     """A data set each; nothing is drawn, so that no seed plays a part."""
     if scale == "full":
         # Every image config standardises channels; the lectures' arm without cannot be set.
