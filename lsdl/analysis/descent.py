@@ -3,6 +3,7 @@
 Shape letters: N examples, F features, C classes, T steps, B batch, D parameters.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import optax
 from jax import lax
 
 from lsdl.data import readers, sources
+from lsdl.optim.schedules import Shape, make_schedule
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -40,6 +42,26 @@ def descend(
 
     state = tx.init(params) if state is None else state
     return lax.scan(step, (params, state), xs)
+
+
+def shape(**fields: Any) -> Shape:
+    """A schedule's shape with the `fields` that it reads."""
+    names = [field.name for field in dataclasses.fields(Shape)]
+    return Shape(**{name: fields.pop(name, 0.0) for name in names}, **fields)
+
+
+def schedule(name: str, peak: float, *, steps: int, **fields: Any) -> optax.Schedule:
+    """The schedule `name` without a warm-up; `fields` are those of its shape."""
+    return make_schedule(
+        name,
+        peak=peak,
+        base=peak,
+        total_steps=steps,
+        warmup_steps=0,
+        warmup_form="linear",
+        start_factor=0.0,
+        shape=shape(**fields),
+    )
 
 
 def nothing(params: Any) -> None:

@@ -329,10 +329,18 @@ def figure(table: Sequence[dict]) -> dict:
         "coordinate descent": np.array(plane["path_coordinate"]),
     }
     turn_T = np.linspace(0, 2 * np.pi, 200)
-    circle_TD = np.stack([np.cos(turn_T) / 12**0.5, np.sin(turn_T)], 1) @ quadratic.rotation(45).T
-    rings = {
-        f"x^T A x = {level:g}": (circle_TD * level**0.5).T.tolist() for level in (0.5, 2, 6, 13)
-    }
+    ring_TD = np.stack([np.cos(turn_T) / 12**0.5, np.sin(turn_T)], 1) @ quadratic.rotation(45).T
+    # Without names: rings, as a contour of each level.
+    rings = {" " * i: (ring_TD * level**0.5).T.tolist() for i, level in enumerate((0.4, 1.5, 5))}
+    maps = [
+        plots.lines(
+            {name: path[:40].T.tolist()} | rings,
+            title=f"{name}, kappa 12",
+            x="first coordinate",
+            y="second coordinate",
+        )
+        for name, path in paths.items()
+    ]
     # A sweep of coordinate descent moves twice, a step of the others once.
     away = {
         name: (np.arange(len(path)) / (2 if "coord" in name else 1), np.linalg.norm(path, axis=1))
@@ -342,12 +350,7 @@ def figure(table: Sequence[dict]) -> dict:
     steps = {name: (kappas, momentum[name]) for name in (*MOMENTA, "best momentum")}
     title = "Kappa 12, rotated by 45 degrees"
     return {
-        "paths": plots.lines(
-            {name: path[:40].T.tolist() for name, path in paths.items()} | rings,
-            title=title,
-            x="first coordinate",
-            y="second coordinate",
-        ),
+        "paths": plots.panels(maps),
         "distance": plots.lines(
             away, title=title, x="steps, or sweeps", y="distance from the minimum", logy=True
         ),

@@ -193,9 +193,15 @@ def figure(table: Sequence[dict]) -> dict:
     for kind, title in titles.items():
         row = networks[0] if kind == "network" else next(r for r in table if r["kind"] == kind)
         series = {
-            f"{factor:g} / lambda_max": (list(range(len(losses))), np.minimum(losses, 1e3).tolist())
+            f"{factor:g} / lambda_max": (list(range(len(losses))), _until(losses, 1e3))
             for factor, losses in zip(row["factors"], row["losses"], strict=True)
         }
         y = "loss" if kind == "network" else "excess loss, share of the start"
         figures[kind] = plots.lines(series, title=title, x="step", y=y, logy=True)
     return figures
+
+
+def _until(losses: Sequence[float], bound: float) -> list[float]:
+    """`losses` without what follows the first above `bound`."""
+    above_T = np.cumsum(np.array(losses) > bound) > 1
+    return np.where(above_T, np.nan, np.minimum(losses, bound)).tolist()

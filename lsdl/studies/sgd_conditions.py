@@ -5,6 +5,7 @@ constant 1), C classes.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import optax
 from jax import lax
 
 from lsdl.analysis import descent, logistic
+from lsdl.optim.conditions import conditions
 from lsdl.studies.claim import Cell, Claim, Expected, judged
 
 CLAIM = (
@@ -80,18 +82,12 @@ EXPECTED = {
 }
 
 REPLICAS, STEPS, WINDOW = 4_000, 10_000, 1_000
+# Their steps count from 1: the first rate of 1/t is 1.
 RATES = {
-    "constant": lambda t: np.full_like(t, 0.1),
-    "1/t": lambda t: 1 / t,
-    "1/sqrt(t)": lambda t: 1 / np.sqrt(t),
-    "e^-t": lambda t: np.exp(-t),
-}
-# Of each: the rate vanishes, its sum diverges, the sum of its squares is finite.
-CONDITIONS = {
-    "constant": (False, True, False),
-    "1/t": (True, True, True),
-    "1/sqrt(t)": (True, True, False),
-    "e^-t": (True, False, True),
+    "constant": ("constant", 0.1, {}),
+    "1/t": ("inverse_time", 1.0, {"period_steps": 1}),
+    "1/sqrt(t)": ("rsqrt", 1.0, {"period_steps": 1}),
+    "e^-t": ("exponential", math.exp(-1), {"decay_factor": math.exp(-1)}),
 }
 EPOCHS, BATCH, RATE, DECAY = 1_000, 16, 0.1, 0.03
 ARMS = ("GD", "SGD, constant rate", "SGD, rate 1/t")
@@ -101,15 +97,13 @@ def cells(scale: str, seeds: int) -> list[Cell]:
     """The noisy quadratic and logistic regression, for each seed; ResNet-50 at full scale."""
     if scale == "full":
         name = "optim.schedule.name"
-        return [
-            Cell(
-                schedule,
-                {"schedule": schedule},
-                "configs/imagenet_resnet50.py:256",
-                {name: schedule},
-            )
-            for schedule in ("constant", "warmup_cosine")
-        ]
+        arms = {
+            "constant": {name: "constant"},
+            "inverse_time": {name: "inverse_time", "optim.schedule.period_epochs": 5.0},
+            "warmup_cosine": {name: "warmup_cosine"},
+        }
+        file = "configs/imagenet_resnet50.py:256"
+        return [Cell(arm, {"schedule": arm}, file, fields) for arm, fields in arms.items()]
     kinds = ("noisy", "phases")
     return [Cell(f"{k}-s{seed}", {"kind": k, "seed": seed}) for k in kinds for seed in range(seeds)]
 
@@ -124,9 +118,7 @@ def measure(cell: Cell, folder: Path) -> dict:
 
 
 def _noisy(key: jax.Array) -> dict:
-    step_T = np.arange(1.0, STEPS + 1)
-    rate_TA = np.stack([rate(step_T) for rate in RATES.values()], 1).astype(np.float32)
-    square_TA = np.asarray(_squares(key, rate_TA), np.float64)
+    square_TA = np.asarray(_squares(key, rates(STEPS)), np.float64)
     shown = np.unique(np.geomspace(1, STEPS, 121).astype(int))
     row = {"steps": shown.tolist()}
     for name, square_T in zip(RATES, square_TA.T, strict=True):
@@ -135,6 +127,12 @@ def _noisy(key: jax.Array) -> dict:
         row[f"mean {name}"] = float(square_T[-WINDOW:].mean())
         row[f"E x^2 {name}"] = square_T[shown - 1].tolist()
     return row
+
+
+def rates(steps: int) -> jax.Array:
+    """`rate_TA` of the four schedules."""
+    schedules = [descent.schedule(n, peak, steps=steps, **s) for n, peak, s in RATES.values()]
+    return jax.vmap(lambda t: jnp.stack([jnp.float32(s(t)) for s in schedules]))(jnp.arange(steps))
 
 
 @jax.jit
@@ -181,10 +179,13 @@ def _courses(x_ND: jax.Array, y_NC: jax.Array, id_ETB: jax.Array) -> list[jax.Ar
 
     gd = optax.sgd(1 / logistic.largest_curvature(x_ND, decay=DECAY))
     gradient = lambda w_DC, _: jax.grad(full)(w_DC)  # noqa: E731
+    # Asymptotically 1 / (decay x t), as the theory of strongly convex losses asks for.
+    period = round(1 / (RATE * DECAY))
+    inverse = descent.schedule("inverse_time", RATE, steps=1, period_steps=period)
     courses = [
         descent.descend(gd, gradient, start_DC, jnp.arange(len(id_ETB)), record=full)[1],
         epochs(optax.sgd(RATE)),
-        epochs(optax.sgd(lambda t: RATE / (1 + RATE * DECAY * t))),
+        epochs(optax.sgd(inverse)),
     ]
     return [jnp.concatenate([full(start_DC)[None], loss_E]) for loss_E in courses]
 
@@ -193,9 +194,8 @@ def claims(table: Sequence[dict]) -> list[Claim]:
     """Second moments against their limits, and excess losses of the arms against each other."""
     noisy = [row for row in table if row["kind"] == "noisy"]
     phases = [row for row in table if row["kind"] == "phases"]
-    lecture_only = [
-        name for name, (zero, inf, squares) in CONDITIONS.items() if zero and inf > squares
-    ]
+    found = [conditions(name, descent.shape(**fields)) for name, _, fields in RATES.values()]
+    lecture_only = [c for c in found if c.to_zero and c.sum_infinite and not c.squares_finite]
 
     def each(rows, value):
         return [value(row) for row in rows]
