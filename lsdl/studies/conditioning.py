@@ -331,8 +331,7 @@ def figure(table: Sequence[dict]) -> dict:
     }
     turn_T = np.linspace(0, 2 * np.pi, 200)
     ring_TD = np.stack([np.cos(turn_T) / 12**0.5, np.sin(turn_T)], 1) @ quadratic.rotation(45).T
-    # Without names: rings, as a contour of each level.
-    rings = {" " * i: (ring_TD * level**0.5).T.tolist() for i, level in enumerate((0.4, 1.5, 5))}
+    rings = {f"loss {level:g}": (ring_TD * level**0.5).T.tolist() for level in (5, 1.5, 0.4)}
     maps = [
         plots.lines(
             {name: path[:40].T.tolist()} | rings,
