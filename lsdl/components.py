@@ -30,6 +30,7 @@ from lsdl.models import (
     vit,
 )
 from lsdl.optim import chain, schedules
+from lsdl.optim.conditions import Conditions, conditions
 from lsdl.rundir import RunDir
 from lsdl.sharding import partition, pipeline, sequence
 
@@ -238,22 +239,24 @@ def make_ramp(config: ConfigDict, *, examples: int, units: dict) -> Ramp:
     return made
 
 
-def make_schedule(config: ConfigDict, *, units: dict) -> optax.Schedule:
-    """`units`: what turns a duration into steps (`config.to_steps`)."""
-    schedule, optim = config.optim.schedule, config.optim
+def make_schedule(config: ConfigDict, *, units: dict) -> tuple[optax.Schedule, Conditions]:
+    """And which of SGD's conditions it meets; `units`: what `config.to_steps` takes."""
+    schedule = config.optim.schedule
     peak = scaled_peak(config)
     warmup_steps = duration_steps(schedule, "warmup", **units, place=True)
-    growth = 1.0
-    if schedule.name == "exp_growth":
-        if optim.name != "sgd":
-            raise UserError(
-                f"optim.schedule.name=exp_growth needs optim.name=sgd, not {optim.name}: it "
-                "stands for the weight decay of SGD with momentum."
-            )
-        growth = schedules.growth_root(
-            peak, weight_decay=schedule.growth_decay, momentum=optim.momentum
-        )
-    return schedules.make_schedule(
+    shape = schedules.Shape(
+        end_factor=schedule.end_factor,
+        low_factor=schedule.low_factor,
+        power=schedule.power,
+        boundaries=_boundaries(schedule, warmup_steps, units),
+        step_factor=schedule.step_factor,
+        decay_factor=schedule.decay_factor,
+        cycle_factor=schedule.cycle_factor,
+        rise_percent=schedule.rise_percent,
+        period_steps=duration_steps(schedule, "period", **units),
+        growth=_growth(config, peak),
+    )
+    made = schedules.make_schedule(
         schedule.name,
         peak=peak,
         base=schedule.peak,
@@ -261,19 +264,22 @@ def make_schedule(config: ConfigDict, *, units: dict) -> optax.Schedule:
         warmup_steps=warmup_steps,
         warmup_form=schedule.warmup_form,
         start_factor=schedule.start_factor,
-        shape=schedules.Shape(
-            end_factor=schedule.end_factor,
-            low_factor=schedule.low_factor,
-            power=schedule.power,
-            boundaries=_boundaries(schedule, warmup_steps, units),
-            step_factor=schedule.step_factor,
-            decay_factor=schedule.decay_factor,
-            cycle_factor=schedule.cycle_factor,
-            rise_percent=schedule.rise_percent,
-            period_steps=duration_steps(schedule, "period", **units),
-            growth=growth,
-        ),
+        shape=shape,
     )
+    return made, conditions(schedule.name, shape)
+
+
+def _growth(config: ConfigDict, peak: float) -> float:
+    optim = config.optim
+    if optim.schedule.name != "exp_growth":
+        return 1.0
+    if optim.name != "sgd":
+        raise UserError(
+            f"optim.schedule.name=exp_growth needs optim.name=sgd, not {optim.name}: it stands "
+            "for the weight decay of SGD with momentum."
+        )
+    decay = optim.schedule.growth_decay
+    return schedules.growth_root(peak, weight_decay=decay, momentum=optim.momentum)
 
 
 def _boundaries(schedule: ConfigDict, warmup_steps: int, units: dict) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.data.ramp import Ramp
 from lsdl.errors import UserError
+from lsdl.optim.conditions import Conditions
 from lsdl.planner import tree
 from lsdl.sharding import inspect, partition, placement, rules
 from lsdl.sharding import mesh as meshes
@@ -53,6 +54,7 @@ class Experiment:
     task: Any
     tx: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
+    conditions: Conditions  # of SGD, that the schedule meets
     abstract_state: TrainState  # with shardings: what to restore into
     abstract_gradients: Any  # likewise, of one step
     shardings: TrainState
@@ -141,7 +143,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     checks.check_divides(config, mesh, data)
     module = components.make_module(config, data, mesh=mesh)
     teacher = components.make_teacher(config, data)
-    schedule = components.make_schedule(config, units=units)
+    schedule, conditions = components.make_schedule(config, units=units)
     tx = components.make_optimizer(config, schedule)
 
     make_init = steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)
@@ -210,6 +212,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         task=task,
         tx=tx,
         schedule=schedule,
+        conditions=conditions,
         abstract_state=abstract_state,
         abstract_gradients=with_shardings(nn.unbox(boxed.params), gradients),
         shardings=shardings,

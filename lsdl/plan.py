@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     add("--depth", type=int, default=3, metavar="N", help="levels of modules shown (default: 3)")
     add("--collectives", action="store_true", help="compile the step: what its devices exchange")
     add("--shardings", action="store_true", help="how each parameter is split, and by which rule")
-    add("--html", type=Path, metavar="FILE", help="write the shardings there, with pictures")
+    add("--schedule", action="store_true", help="rate and batch size over the steps, alone")
+    add("--html", type=Path, metavar="FILE", help="write shardings or schedule there, drawn")
     add("--json", type=Path, metavar="FILE", help="write the plan there, with every module")
     return parser
 
@@ -57,7 +58,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # After the parser, so that --help and a mistyped flag cost no second.
     from lsdl import config as configs
     from lsdl.experiment import build
-    from lsdl.planner import collectives, totals, tree
+    from lsdl.planner import collectives, timetable, totals, tree
     from lsdl.rundir import versions, write_json
     from lsdl.sharding import inspect, mesh
 
@@ -74,17 +75,14 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     elif config.partitioner != "pmap":  # which there is on real devices alone
         devices = devices or mesh.num_devices(config.mesh)
     experiment = build(config, devices=devices)
+    if arguments.schedule:
+        return timetable.show(experiment, html_file=arguments.html, json_file=file)
 
     padding = tree.vocabulary_padding(experiment.placements, experiment.module)
     state, batch = experiment.abstract_state, experiment.abstract_batch
-    model = totals.make_model(
-        experiment.name,
-        state.params,
-        experiment.eval_step.trace(state, batch),
-        root=type(experiment.module).__name__,
-        batch_size=experiment.batch_size,
-        padding=padding,
-    )
+    given = dict(root=type(experiment.module).__name__, batch_size=experiment.batch_size)
+    forward = experiment.eval_step.trace(state, batch)
+    model = totals.make_model(experiment.name, state.params, forward, padding=padding, **given)
     step = experiment.train_step.trace(state, batch)
     numbers = totals.make_plan(model, step, experiment)
     print(tree.table(model, depth=depth))

@@ -43,7 +43,8 @@ LEVELS = [
     ],
     ["step"],
     [
-        *("planner.count", "planner.tree", "planner.totals", "planner.hlo", "planner.collectives"),
+        *("planner.count", "planner.tree", "planner.totals", "planner.timetable", "planner.hlo"),
+        "planner.collectives",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic"),
     ],

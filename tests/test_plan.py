@@ -322,3 +322,32 @@ except SystemExit as leaving:
     assert "examples:\n  python -m lsdl.plan --config configs/" in run.stdout
     assert "nothing for all else" in run.stdout
     assert run.stdout.endswith("left with 0 False\n")
+
+
+# The schedule
+
+
+def test_the_schedule_is_told_without_a_step_being_traced(capsys, tmp_path, monkeypatch):
+    """Rate, batch size and SGD's conditions; the page has two figures."""
+    monkeypatch.setattr(experiment.partition.Program, "trace", None)
+    files = [f"--html={tmp_path / 'plan.html'}", f"--json={tmp_path / 'plan.json'}"]
+    fields = ("mesh=data=1", "total_epochs=4", "batch_ramp=((50.0, 4),)")
+    fields += ("optim.schedule.name=inverse_time", "optim.schedule.period_steps=5")
+    fields += ("optim.schedule.warmup_steps=0", "optim.schedule.peak=0.5")
+    config = ["--config", f"{CONFIGS / 'digits_mlp.py'}:smoke", "--schedule"]
+    assert main([*config, *files, *(f"--config.{field}" for field in fields)]) == FINISHED
+    found = json.loads((tmp_path / "plan.json").read_text())["schedule"]
+    rows, out = found["rows"], capsys.readouterr().out
+    for row in rows:
+        step = row["step"] - 1
+        assert row["learning_rate"] == pytest.approx(0.5 / (1 + step / 5), rel=1e-6)
+        assert row["batch_size"] == (96 if step < 26 else 384)
+        assert row["examples"] == 96 * min(step, 26) + 384 * max(step - 26, 0)
+        assert f"{row['learning_rate']:.4g}" in out
+    assert {row["step"] for row in rows} >= {1, 27, 33}
+    assert "harmonic" in found["conditions"]["reason"]
+    assert "all met" in out
+    assert "batch 96 -> 384 from step 27" in out
+    page = (tmp_path / "plan.html").read_text()
+    assert page.count("<svg ") == 2
+    assert "#" in out
