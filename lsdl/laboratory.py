@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lsdl import reporting, rundir
+from lsdl import rundir, verdict
 from lsdl.errors import UserError, nearest
 from lsdl.studies.claim import Cell, Claim
 
@@ -239,12 +239,12 @@ def _write(study: ModuleType, outcome: Outcome, table: list[dict], facts: dict) 
     claims = [dataclasses.asdict(claim) for claim in outcome.claims]
     for claim in claims:  # JSON has no NaN
         claim |= {k: _finite(claim[k]) for k in ("measured", "spread")}
-    verdict = {"study": outcome.name, "scale": "small", "claims": claims}
-    verdict |= {"claim": study.CLAIM, "source": study.SOURCE, **facts, "figures": list(drawn)}
-    verdict |= {"time": rundir.now(), "commit": rundir.commit(), "versions": rundir.versions()}
-    verdict |= {"python": platform.python_version(), "platform": platform.platform()}
-    rundir.write_json(folder / "verdict.json", verdict | {"cpu_count": os.cpu_count()})
-    _write_text(folder / "report.html", reporting.study_page(folder))
+    found = {"study": outcome.name, "scale": "small", "claims": claims}
+    found |= {"claim": study.CLAIM, "source": study.SOURCE, **facts, "figures": list(drawn)}
+    found |= {"time": rundir.now(), "commit": rundir.commit(), "versions": rundir.versions()}
+    found |= {"python": platform.python_version(), "platform": platform.platform()}
+    rundir.write_json(folder / "verdict.json", found | {"cpu_count": os.cpu_count()})
+    _write_text(folder / "report.html", verdict.study_page(folder))
 
 
 def _finite(value: float) -> float | None:
@@ -280,7 +280,7 @@ def told(outcome: Outcome) -> str:
         lines.append(f"{'':14} {claim.text}")
     held = sum(claim.holds for claim in outcome.claims)
     lines.append(
-        f"{outcome.name}: {held} of {len(outcome.claims)} claims hold; {outcome.cells} cells, "
+        f"{outcome.name}: {held} of {len(outcome.claims)} claims hold; cells: {outcome.cells}, "
         f"{outcome.measured} of them measured now, {outcome.seconds:.1f} s in all"
     )
     return "\n".join([*lines, f"written: {outcome.folder / 'report.html'}"])
@@ -329,7 +329,7 @@ def told_full(name: str, seeds: int, root: Path) -> str:
 
 def write_index(outcomes: Sequence[Outcome], failed: Mapping[str, Exception], root: Path) -> Path:
     """The page that links the reports."""
-    page = reporting.index_page([outcome.folder for outcome in outcomes], failed=failed)
+    page = verdict.index_page([outcome.folder for outcome in outcomes], failed=failed)
     root.mkdir(parents=True, exist_ok=True)
     _write_text(root / "index.html", page)
     return root / "index.html"

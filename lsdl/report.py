@@ -44,16 +44,16 @@ def main(argv: list[str] | None = None) -> int:
 def report(arguments: argparse.Namespace) -> int:
     """Write the page that the command line asks for; returns the exit code."""
     # After the parser, so that --help and a mistyped flag cost no second.
-    from lsdl import reporting
+    from lsdl import reporting, verdict
 
     folders, out = arguments.folders, arguments.out
     if out is None and len(folders) > 1:
         raise UserError("Several folders need --out=FILE: name the page.")
     out = out or folders[0] / "report.html"
-    studies = [folder for folder in folders if reporting.is_study(folder)]
+    studies = [folder for folder in folders if verdict.is_study(folder)]
     if studies and len(folders) > 1:
         raise UserError(f"{studies[0]} is a study's folder: report it alone.")
-    text = reporting.study_page(folders[0]) if studies else reporting.runs_page(folders)
+    text = verdict.study_page(folders[0]) if studies else reporting.runs_page(folders)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out={out} cannot be written: name a file in a folder there is.")
     out.write_text(text)

@@ -1,14 +1,11 @@
-"""Reports: run folders, or a study's folder, as one self-contained HTML page.
+"""Reports of runs: their folders as one self-contained HTML page.
 
-Read are `config.json`, `env.json`, `metrics.jsonl` and `plan.json` of runs; of a study its
-`verdict.json`, `table.csv` and figures. Nothing of them is executed.
+Read are `config.json`, `env.json`, `metrics.jsonl` and `plan.json`; nothing of them is executed.
 """
 
-import csv
 import json
 import math
 import statistics
-import xml.etree.ElementTree as ET
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +18,6 @@ from lsdl.page import Markup, element
 from lsdl.rundir import RunDir
 
 MOST_POINTS = 400  # of a curve; more are averaged in groups
-MOST_ROWS = 500  # of a study's table
 MOST_LINES = 12  # of a figure of layers
 NO_METRIC = {"step", "split", "examples_seen", "step_time_s", "examples_per_s", "learning_rate"}
 NO_METRIC |= {"examples", "tokens", "pairs"}
@@ -344,155 +340,3 @@ def _environments(runs: Sequence[Run]) -> Markup:
 def _brief(value: object, most: int = 60) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-# Studies
-
-
-def is_study(folder: Path) -> bool:
-    return (Path(folder) / "verdict.json").exists()
-
-
-def read_verdict(folder: Path) -> dict:
-    file = Path(folder) / "verdict.json"
-    try:
-        verdict = json.loads(file.read_text())
-        verdict["study"], [claim["holds"] for claim in verdict["claims"]]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not what a study writes ({error!r}).") from error
-    return verdict
-
-
-def study_page(folder: Path) -> str:
-    """The claims and how they stand, the figures, the table, and what to run at full scale."""
-    folder, verdict = Path(folder), read_verdict(folder)
-    claims = verdict["claims"]
-    held = sum(claim["holds"] for claim in claims)
-    lead = f"{held} of {len(claims)} claims hold."
-    figures = []
-    for number, name in enumerate(verdict.get("figures", ()), 1):
-        svg = _trusted(folder / "figures" / f"{Path(name).name}.svg")
-        lost = element("p", f"The figure {name} is missing or not as lsdl.plots saves it.")
-        inline = plots.inline(svg, f"g{number}") if svg else ""
-        figures.append(page.figure(inline, many=len(inline) > 40_000) if svg else lost)
-    return page.document(
-        verdict["study"].replace("_", " "),
-        element("p", verdict.get("claim", ""), class_="lead"),
-        element("p", verdict.get("source", ""), class_="quiet"),
-        page.section("Verdict", element("p", lead), _claims(claims)),
-        page.section("Figures", page.row(*figures)),
-        page.section("Measurements", *_measurements(folder / "table.csv")),
-        page.section("At full scale", *_full_scale(verdict.get("full_scale", ()))),
-        page.section("How it was measured", _provenance(verdict)),
-    )
-
-
-def _claims(claims: Sequence[Mapping]) -> Markup:
-    rows = []
-    for claim in claims:
-        spread = "" if claim["n"] < 2 else f" ± {_number(claim['spread'])}"
-        text = Markup(
-            element("div", claim["text"])
-            + element("div", element("code", claim["id"]), " · ", claim["source"], class_="quiet")
-        )
-        holds = bool(claim["holds"])
-        word = page.mark("holds" if holds else "does not hold", holds)
-        measured = _number(claim["measured"]) + spread
-        rows.append((word, text, measured, claim["expected"], claim["n"]))
-    return page.table(("verdict", "claim", "measured", "expected", "n"), rows, cards=True)
-
-
-def _number(value: float | None) -> str:
-    return "no number" if value is None else f"{value:.5g}"
-
-
-def _measurements(file: Path) -> Iterator[Markup]:
-    if not file.exists():
-        return
-    with open(file, newline="") as lines:
-        head, *rows = list(csv.reader(lines)) or [[]]
-    shown = [[_brief(_short(cell), 40) for cell in row] for row in rows[:MOST_ROWS]]
-    rest = f", the first {MOST_ROWS} of them here" if len(rows) > MOST_ROWS else ""
-    told = f"{len(rows)} rows{rest}; table.csv has every digit."
-    body = [element("p", told, class_="quiet"), page.table(head, shown)]
-    yield (
-        page.details(f"The table of {len(rows)} cells", *body)
-        if len(rows) > 12
-        else Markup("".join(body))
-    )
-
-
-def _short(text: str) -> str:
-    try:
-        return f"{float(text):.5g}" if "." in text or "e" in text else text
-    except ValueError:
-        return text
-
-
-def _full_scale(entries: Sequence[Mapping]) -> Iterator[Markup]:
-    for entry in entries:
-        name = element("strong", entry["id"])
-        published = f" published: {entry['published']}" if entry["published"] else ""
-        yield element("p", name, " ", entry["settings"], published)
-        if entry["command"]:
-            yield element("pre", entry["command"])
-
-
-def _provenance(verdict: Mapping) -> Markup:
-    names = ("scale", "seeds", "cells", "measured_s", "time", "commit", "commits", "python")
-    facts = {name: verdict[name] for name in names if name in verdict}
-    if "measured_s" in facts:
-        facts["measured_s"] = f"{facts['measured_s']:.1f}"
-    if "commits" in facts:
-        facts["commits"] = ", ".join(c[:12] for c in facts["commits"])
-    versions = ", ".join(f"{k} {v}" for k, v in verdict.get("versions", {}).items())
-    facts |= {"versions": versions, "platform": verdict.get("platform", "")}
-    return page.facts(facts | {"CPU cores": verdict.get("cpu_count", "")})
-
-
-TAGS = {"svg", "title", "desc", "g", "defs", "path", "use", "text", "tspan", "rect", "line"}
-TAGS |= {"circle", "ellipse", "polygon", "polyline", "clipPath", "image"}
-NAMESPACE = "{http://www.w3.org/2000/svg}"
-LINK = "{http://www.w3.org/1999/xlink}href"
-
-
-def _trusted(file: Path) -> str | None:
-    """The figure in `file` if it draws and does nothing else: no script, no link, no style."""
-    try:
-        text = file.read_text()
-        root = None if "<!" in text else ET.fromstring(text)
-    except (OSError, UnicodeDecodeError, ET.ParseError):
-        return None
-    if root is None or root.tag != f"{NAMESPACE}svg":
-        return None
-    for node in root.iter():
-        if node.tag.removeprefix(NAMESPACE) not in TAGS or not node.tag.startswith(NAMESPACE):
-            return None
-        for name, value in node.attrib.items():
-            link = name in (LINK, "href") and not value.startswith(("#", "data:image/png;base64,"))
-            far = "url(" in value.replace("url(#", "") or "\\" in value
-            if link or far or name.startswith("on"):
-                return None
-    return text
-
-
-def index_page(folders: Sequence[Path], *, failed: Mapping[str, object]) -> str:
-    """The studies in `folders`, side by side, each with a link to its report."""
-    rows = []
-    for folder in map(Path, folders):
-        verdict = read_verdict(folder)
-        claims = verdict["claims"]
-        held = sum(claim["holds"] for claim in claims)
-        name = element("a", verdict["study"], href=f"{folder.name}/report.html")
-        text = Markup(
-            element("div", name) + element("div", verdict.get("claim", ""), class_="quiet")
-        )
-        lost = ", ".join(claim["id"] for claim in claims if not claim["holds"])
-        word = page.mark(f"{held} of {len(claims)} hold", held == len(claims))
-        rows.append((text, word, lost, f"{verdict.get('measured_s', 0):.1f}"))
-    rows += [(name, page.mark("failed", False), repr(why), "") for name, why in failed.items()]
-    lead = "Each claim was written down with its bound before it was measured."
-    head = ("study", "claims", "which do not hold", "seconds")
-    return page.document(
-        "Studies", element("p", lead, class_="lead"), page.table(head, rows, cards=True)
-    )

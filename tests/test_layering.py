@@ -49,7 +49,7 @@ LEVELS = [
         *("analysis.descent", "analysis.quadratic", "analysis.logistic"),
     ],
     ["checks", "components", "evaluation", "experiment"],
-    ["loop", "checkup", "sweep", "reporting"],
+    ["loop", "checkup", "sweep", "reporting", "verdict"],
     [
         "studies.claim",
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),

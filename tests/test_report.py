@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from lsdl import page, plots, reporting
+from lsdl import page, plots, reporting, verdict
 from lsdl.report import main
 
 NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
@@ -187,10 +187,10 @@ def study(tmp_path):
         | {"measured": [1.5, None][i], "holds": not i}
         for i in range(2)
     ]
-    verdict = {"study": "some_study", "scale": "small", "claims": claims, "claim": EVIL}
+    found = {"study": "some_study", "scale": "small", "claims": claims, "claim": EVIL}
     entry = {"id": "big", "settings": "", "command": "python -m lsdl.train", "published": EVIL}
-    verdict |= {"source": EVIL, "figures": ["one", "two", "../../one"], "full_scale": [entry]}
-    (folder / "verdict.json").write_text(json.dumps(verdict))
+    found |= {"source": EVIL, "figures": ["one", "two", "../../one"], "full_scale": [entry]}
+    (folder / "verdict.json").write_text(json.dumps(found))
     (folder / "table.csv").write_text(f'id,x\na,"{EVIL.replace(chr(34), chr(34) * 2)}"\n')
     for name in ("one", "two"):  # the same ids in both
         (folder / "figures" / f"{name}.svg").write_text(saved())
@@ -231,14 +231,14 @@ def test_a_figure_that_does_more_than_draw_is_left_out(study, inside):
         f'<!DOCTYPE svg [<!ENTITY a "b">]><svg xmlns="http://www.w3.org/2000/svg">&a;{inside}</svg>',
     ):
         file.write_text(text)
-        seen = checked(reporting.study_page(study))
+        seen = checked(verdict.study_page(study))
         assert any("The figure one is missing" in word for word in seen.words)
     file.unlink()
-    assert any("The figure one is missing" in w for w in Page(reporting.study_page(study)).words)
+    assert any("The figure one is missing" in w for w in Page(verdict.study_page(study)).words)
 
 
 def test_the_index_links_what_was_measured(study):
-    seen = checked(reporting.index_page([study], failed={"other": ValueError(EVIL)}))
+    seen = checked(verdict.index_page([study], failed={"other": ValueError(EVIL)}))
     assert "1 of 2 hold" in seen.words
     assert "failed" in seen.words
 
@@ -279,7 +279,7 @@ QUIET += "--disable-background-networking --disable-component-update --disable-s
 @pytest.mark.parametrize("kind", ["runs", "study"])
 def test_a_browser_shows_it(kind, runs, study, tmp_path):
     """What Chromium makes of the page: the figures are there, and nothing is left blank."""
-    text = reporting.study_page(study) if kind == "study" else reporting.runs_page(runs)
+    text = verdict.study_page(study) if kind == "study" else reporting.runs_page(runs)
     # The page tells how wide it became, which no script of its own could.
     probe = "<script>document.title = document.documentElement.scrollWidth</script>"
     file = tmp_path / "page.html"

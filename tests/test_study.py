@@ -86,7 +86,7 @@ def test_a_study_is_measured_told_and_written(toy, study, tmp_path):
     assert "HOLDS          double: 2 +- 0 (n=2), expected 2\n" in out
     assert "DOES NOT HOLD  negative: -2 (n=1), expected >= -1\n" in out
     assert "DOES NOT HOLD  lost: nan" in out
-    assert "1 of 3 claims hold; 2 cells, 2 of them measured now" in out
+    assert "1 of 3 claims hold; cells: 2, 2 of them measured now" in out
 
     folder = tmp_path / "w" / "toy_study"
     verdict = json.loads((folder / "verdict.json").read_text(), parse_constant=pytest.fail)
@@ -117,9 +117,9 @@ def test_what_is_done_is_not_measured_again(toy, study):
     study("run", "toy_study", "--seeds", "2")
     _, out, _ = study("run", "toy_study", "--seeds", "3")
     assert toy.CALLS == ["x0", "x1", "x2"]
-    assert "3 cells, 1 of them measured now" in out
+    assert "cells: 3, 1 of them measured now" in out
     _, out, _ = study("run", "toy_study", "--seeds", "1")
-    assert "1 cells, 0 of them measured now" in out
+    assert "cells: 1, 0 of them measured now" in out
 
 
 def test_a_changed_cell_is_measured_again(toy, study, tmp_path):
