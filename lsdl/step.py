@@ -1,7 +1,8 @@
 """The step: `(TrainState, Batch) -> (TrainState, Metrics)`, pure, in two halves.
 
     grads   forward and backward over the batch, in microbatches: sums, not means
-    update  sums -> means -> optax -> the next state and the step's metrics
+    update  sums -> means -> optax -> the next state and the step's metrics; an optimiser that wants
+            the loss or the gradient at other parameters is given functions of them
 
 A step is one optimiser update, whatever the number of microbatches.
 """
@@ -99,17 +100,28 @@ def make_grads(
 
 def make_update(
     tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule
-) -> Callable[[TrainState, Sums], tuple[TrainState, Metrics]]:
-    """`update(state, sums) -> (state, metrics)`: one optimiser step on the mean gradient."""
+) -> Callable[[TrainState, Batch, Callable], tuple[TrainState, Metrics]]:
+    """`update(state, batch, sums) -> (state, metrics)`: one optimiser step on the mean gradient.
 
-    def update(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
-        weight = sums["weight"]
-        loss, gradient = means((sums["loss"], sums["grads"]), weight)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params, value=loss)
+    `sums(state, batch) -> Sums` is the gradients' half, over all devices.
+    """
+
+    def update(state: TrainState, batch: Batch, sums: Callable) -> tuple[TrainState, Metrics]:
+        found = sums(state, batch)
+        weight = found["weight"]
+        loss, gradient = means((found["loss"], found["grads"]), weight)
+        updates, opt_state = tx.update(
+            gradient,
+            state.opt_state,
+            state.params,
+            value=loss,
+            grad=gradient,
+            **_functions(state, batch, sums),
+        )
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            **means(sums["metrics"], weight),
+            **means(found["metrics"], weight),
             "grad_norm": optax.tree.norm(gradient),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
@@ -118,12 +130,34 @@ def make_update(
         state = state.replace(
             step=state.step + 1,
             params=params,
-            model_state=sums["model_state"],
+            model_state=found["model_state"],
             opt_state=opt_state,
         )
         return state, metrics
 
     return update
+
+
+def _functions(state: TrainState, batch: Batch, sums: Callable) -> dict[str, Callable]:
+    """`value_fn(params)` and `grad_fn(params[, i])`: the step's loss and gradient elsewhere.
+
+    On the step's batch, with its dropout masks, from its model state, which they leave alone. The
+    derivative of `value_fn` is the gradients' half itself: autodiff sees no collective.
+    """
+
+    def at(params):
+        found = sums(state.replace(params=params), batch)
+        return means((found["loss"], found["grads"]), found["weight"])
+
+    @jax.custom_vjp
+    def value_fn(params):
+        return at(params)[0]
+
+    def backward(gradient, slope):
+        return (jax.tree.map(lambda g: slope * g, gradient),)
+
+    value_fn.defvjp(at, backward)
+    return {"value_fn": value_fn, "grad_fn": lambda params, i=0: at(params)[1]}
 
 
 def make_run(
@@ -144,7 +178,7 @@ def make_run(
         update = make_update(tx, schedule)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            return update(state, grads(state, prepare(batch, state)))
+            return update(state, prepare(batch, state), grads)
 
         return lax.scan(step, make_state(tx, key), batches_T)
 

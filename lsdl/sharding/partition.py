@@ -69,15 +69,16 @@ def partition(
 
     `prepare(batch, state) -> batch` sees the global batch. `grads(state, batch) -> sums` is a dict
     of trees of sums over the batch's rows, but for `model_state`, which is a value.
-    `update(state, sums) -> (state, metrics)`. `gradients` are the shardings that `sums["grads"]`
-    should have. The state is donated: its buffers become the new state's.
+    `update(state, batch, sums) -> (state, metrics)` calls `sums`, which is `grads` over the global
+    batch, once or at as many parameters as it wants. `gradients` are the shardings that its
+    "grads" should have. The state is donated: its buffers become the new state's.
     """
     if name == "pmap":
         halves = _pmap(grads, update, mesh)
     else:
         make = {"jit": _placed, "shard_map": manual.by_hand}[name]
         sums = make(grads, mesh=mesh, shardings=shardings, gradients=gradients)
-        halves = lambda state, batch: update(state, sums(state, batch))  # noqa: E731
+        halves = lambda state, batch: update(state, batch, sums)  # noqa: E731
 
     def train_step(state, batch):
         return halves(state, prepare(batch, state))
@@ -106,10 +107,12 @@ def _placed(grads: Callable, *, mesh: Mesh, shardings: TrainState, gradients: An
 def _pmap(grads: Callable, update: Callable, mesh: Mesh) -> Callable:
     size = mesh.shape["data"]
 
-    def body(state, batch):
+    def sums(state, batch):
         with nn.logical_axis_rules(()):
-            sums = grads(state, batch)
-        return update(state, _psum(sums))
+            return _psum(grads(state, batch))
+
+    def body(state, batch):
+        return update(state, batch, sums)
 
     mapped = jax.pmap(
         body,
