@@ -29,7 +29,7 @@ from lsdl.models import (
     resnet,
     vit,
 )
-from lsdl.optim import chain, schedules
+from lsdl.optim import chain, schedules, wrappers
 from lsdl.optim.conditions import Conditions, conditions
 from lsdl.rundir import RunDir
 from lsdl.sharding import partition, pipeline, sequence
@@ -46,6 +46,7 @@ MODELS = {
     "bert": bert.Bert,
     "clip": clip.Clip,
 }
+CONVEX = ("classification", "regression")  # the loss, in the outputs
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What each task needs of the data, and the models whose outputs it takes.
 IMAGE_MODELS = ("mlp", "vit", "resnet", "alexnet", "inception", "efficientnet", "regnet")
@@ -305,19 +306,76 @@ def scaled_peak(config: ConfigDict) -> float:
     )
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule):
+def make_optimizer(
+    config: ConfigDict,
+    schedule: optax.Schedule,
+    *,
+    units: dict[str, int],
+    mesh: Mesh | AbstractMesh,
+) -> optax.GradientTransformationExtraArgs:
+    """`units`: as of `duration_steps`."""
     optim = config.optim
-    return chain.make_optimizer(
-        optim.name,
-        schedule,
-        clip_norm=optim.clip_norm,
-        weight_decay=optim.weight_decay,
-        decay_mask=optim.decay_mask,
-        trust_mask=optim.trust_mask,
-        momentum=optim.momentum,
-        nesterov=optim.nesterov,
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        trust_coefficient=optim.trust_coefficient,
+    fields = chain.fields_of(optim)
+    if optim.name in chain.SOLVERS and (mesh.size > 1 or config.partitioner != "jit"):
+        raise UserError(
+            f"optim.name={optim.name} runs on one device, and mesh={config.mesh!r} has {mesh.size} "
+            f"under partitioner={config.partitioner}: give mesh=data=1 and partitioner=jit."
+        )
+    if optim.name == "ggn_cg" and (config.task not in CONVEX or config.teacher):
+        raise UserError(
+            f"optim.name=ggn_cg needs a loss that is convex in the model's outputs, without a "
+            f"teacher: task={config.task} must be one of {', '.join(CONVEX)}; or use newton_cg."
+        )
+    detector = _make_plateau(config, units)
+    switch = _make_switch(config, units, detector)
+    names = (optim.name, switch.name) if switch else (optim.name,)
+    chain.check_meaning(fields, chain.fields_of(template().optim), names)
+    plateau = detector if optim.schedule.name == "plateau" else None
+    return chain.make_optimizer(fields, schedule, plateau=plateau, switch=switch)
+
+
+def _make_plateau(config: ConfigDict, units: dict[str, int]) -> wrappers.Plateau | None:
+    """Of means over an epoch, or over the patience if that is shorter; None: no patience given."""
+    schedule = config.optim.schedule
+    needed = "optim.schedule.name=plateau" if schedule.name == "plateau" else ""
+    if config.optim.switch.name and not duration_steps(config.optim.switch, "at", **units):
+        needed = needed or "optim.switch.name without optim.switch.at_*"
+    steps = duration_steps(schedule, "plateau_patience", **units)
+    if bool(steps) != bool(needed):
+        raise UserError(
+            f"{needed} needs optim.schedule.plateau_patience_*, as plateau_patience_epochs=5."
+            if needed
+            else "optim.schedule.plateau_patience_* is given, and nothing waits for a plateau: "
+            "leave it out, or choose optim.schedule.name=plateau."
+        )
+    if not steps:
+        return None
+    if not 0 < schedule.plateau_factor < 1:
+        raise UserError(
+            f"optim.schedule.plateau_factor={schedule.plateau_factor} must be within (0, 1)."
+        )
+    if schedule.plateau_threshold <= 0:
+        raise UserError(
+            f"optim.schedule.plateau_threshold={schedule.plateau_threshold} must be positive."
+        )
+    window = min(steps, units["steps_per_epoch"])
+    return wrappers.Plateau(
+        schedule.plateau_factor, schedule.plateau_threshold, window, round(steps / window)
     )
+
+
+def _make_switch(
+    config: ConfigDict, units: dict[str, int], detector: wrappers.Plateau | None
+) -> wrappers.Switch | None:
+    switch = config.optim.switch
+    at = duration_steps(switch, "at", **units)
+    if not switch.name:
+        if at or switch.rate_factor != 1:
+            raise UserError(
+                f"optim.switch.name='' is empty, and optim.switch.rate_factor={switch.rate_factor} "
+                "or optim.switch.at_* is set: name the optimiser to switch to."
+            )
+        return None
+    if switch.rate_factor <= 0:
+        raise UserError(f"optim.switch.rate_factor={switch.rate_factor} must be positive.")
+    return wrappers.Switch(switch.name, switch.rate_factor, at, detector)

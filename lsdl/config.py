@@ -24,6 +24,12 @@ NOT_NEGATIVE = (
     "pipeline_microbatches",
     "loss.chunk",
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
+    *("optim.weight_decay", "optim.eps", "optim.eps_root", "optim.damping", "optim.sam_rho"),
+    *("optim.muon_rms", "optim.linesearch_steps", "optim.initial_accumulator"),
+)
+
+AT_LEAST_1 = (
+    *("optim.lbfgs_memory", "optim.newton_limit", "optim.cg_steps", "optim.factored_dim"),
 )
 
 # What a resumed run may change: nothing here enters the mathematics of a step.
@@ -167,10 +173,10 @@ def validate(config: ConfigDict) -> None:
     if not actual["name"]:
         raise UserError("name='' is empty: it names the run's default folder, runs/NAME.")
     _check_durations(actual)
-    for field in ("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"):
+    for field in (*("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"), *AT_LEAST_1):
         if actual[field] < 1:
             raise UserError(f"{field}={actual[field]} must be at least 1.")
-    for field in ("optim.b1", "optim.b2", "optim.momentum"):
+    for field in ("optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay"):
         if not 0 <= actual[field] < 1:
             raise UserError(f"{field}={actual[field]} must be within [0, 1).")
     for field in ("loss.label_smoothing", "loss.distill_weight"):
@@ -221,16 +227,19 @@ def _check_tuples(actual: dict) -> None:
             "optim.schedule.boundaries_steps and optim.schedule.boundaries_epochs say the same: "
             "give one."
         )
-    for field in ("optim.decay_mask", "optim.trust_mask"):
+    for field in ("optim.decay_mask", "optim.trust_mask", "optim.muon_mask", "optim.rate_rules"):
         for rule in actual[field]:
+            factors = field == "optim.rate_rules"
             try:
                 pattern, value = rule
                 re.compile(pattern)
-                good = isinstance(value, bool)
+                good = isinstance(value, int | float if factors else bool)
+                good = good and (not factors or (math.isfinite(value) and value >= 0))
             except (TypeError, ValueError, re.error):
                 good = False
             if not good:
-                raise UserError(f"{field} has the rule {rule!r}: write ('regex', True or False).")
+                form = "a factor of at least 0" if factors else "True or False"
+                raise UserError(f"{field} has the rule {rule!r}: write ('regex', {form}).")
 
 
 def _divisors(n: int) -> str:

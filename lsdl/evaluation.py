@@ -80,7 +80,7 @@ def make_evaluators(
                 f"eval.probes={name!r} needs a classification or a contrastive task, and labels: "
                 f"task={config.task} on {config.data.source} has not both."
             )
-        step = program(evaluators.make_feature_step(encode, steps.variables_of))
+        step = program(evaluators.make_feature_step(encode, steps.evaluated))
         probe = evaluators.Probe(name, step, judged.num_classes, config.eval.probe_shots)
         found.append(evaluators.Transfer(probe, transfer_loaders) if transfer else probe)
     if transfer and not any(isinstance(e, evaluators.Transfer) for e in found):
@@ -105,8 +105,8 @@ def _encoder(config: ConfigDict, task, module: nn.Module):
 
 def _zero_shot(data: Dataset, names, prompt: str, module: nn.Module, encode, program):
     tokens = np.stack([data.caption(prompt.format(name))[None] for name in names])
-    classes = evaluators.make_class_features(module.apply, steps.variables_of, tokens)
-    step = evaluators.make_zero_shot_step(encode, steps.variables_of)
+    classes = evaluators.make_class_features(module.apply, steps.evaluated, tokens)
+    step = evaluators.make_zero_shot_step(encode, steps.evaluated)
     return evaluators.ZeroShot(program(classes), program(step))
 
 

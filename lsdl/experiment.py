@@ -144,7 +144,8 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     module = components.make_module(config, data, mesh=mesh)
     teacher = components.make_teacher(config, data)
     schedule, conditions = components.make_schedule(config, units=units)
-    tx = components.make_optimizer(config, schedule)
+    make_tx = functools.partial(components.make_optimizer, config, units=units, mesh=mesh)
+    tx = make_tx(schedule)
 
     make_init = steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)
     boxed = jax.eval_shape(lambda: make_init(jax.random.key(0)))
@@ -163,6 +164,9 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     make_grads = functools.partial(
         steps.make_grads, module.apply, task, teacher=teacher and teacher.apply
     )
+    gauss_newton = None
+    if config.optim.name == "ggn_cg":
+        gauss_newton = steps.make_gauss_newton(module.apply, task)
 
     def make_phase(part) -> Phase:
         """Its microbatches are those of the first phase, and more of them: so is its memory."""
@@ -170,7 +174,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
             config.partitioner,
             prepare,
             make_grads(accum=config.accum * part.factor),
-            steps.make_update(tx, schedule),
+            steps.make_update(tx, schedule, gauss_newton=gauss_newton),
             shardings=shardings,
             gradients=gradients,
             **placed,
@@ -190,7 +194,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     whole_run = steps.make_run(
         prepare,
         make_grads(accum=config.accum),
-        lambda schedule: components.make_optimizer(config, schedule),
+        make_tx,
         lambda tx, key: nn.unbox(
             steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)(key)
         ),

@@ -5,7 +5,10 @@ from ml_collections.config_dict import placeholder
 
 UNITS = {"steps": int, "epochs": float, "examples": int, "tokens": int, "percent": float}
 DURATIONS = ("total", "optim.schedule.warmup", "eval.every", "checkpoint.every", "log.every")
-OPTIONAL_DURATIONS = ("optim.schedule.period",)  # at most one spelling, where the others have one
+# At most one spelling, where the others have one.
+OPTIONAL_DURATIONS = (
+    *("optim.schedule.period", "optim.schedule.plateau_patience", "optim.switch.at"),
+)
 
 
 def template() -> ConfigDict:
@@ -95,18 +98,46 @@ def _data() -> ConfigDict:
 
 def _optim() -> ConfigDict:
     optim = ConfigDict()
-    optim.name = "adamw"  # sgd | adam | adamw | lars | lamb
-    optim.momentum = 0.9  # sgd, lars
-    optim.nesterov = False  # sgd, lars
-    optim.b1 = 0.9  # adam, adamw, lamb
+    # sgd | adam | adamw | lars | lamb | adagrad | adafactor | lion | muon | sign_sgd |
+    # schedule_free | lbfgs, and on one device newton | newton_cg | ggn_cg | coordinate_descent
+    optim.name = "adamw"
+    optim.momentum = 0.9  # sgd, lars, muon
+    # sgd: accumulator holds gradients | velocity has the rate inside | corrected for its changes
+    optim.momentum_form = "accumulator"
+    optim.nesterov = False  # sgd, lars, muon
+    optim.b1 = 0.9  # adam, adamw, lamb, lion, muon's adam, schedule_free
     optim.b2 = 0.999
-    optim.eps = 1e-8
+    optim.eps = 1e-8  # outside the root: adam, adamw, lamb, muon, schedule_free; inside: adagrad
+    optim.eps_root = 0.0  # inside the root: adam, adamw, lamb
+    # adam, adamw: elementwise | norm, one number from the norm of the whole gradient
+    optim.second_moment = "elementwise"
     optim.trust_coefficient = 0.001  # lars
+    optim.lars_form = "paper"  # paper | lecture: an update is the rate times as long as its weights
+    optim.initial_accumulator = 0.1  # adagrad
+    optim.factored_dim = 128  # adafactor: two dims from this size on have factored moments
+    optim.parameter_scale = True  # adafactor: the rate is relative to the parameter's size
+    optim.muon_mask = ((r"(.*/)?head/.*", False), (r".*/kernel", True), (r".*", False))  # or adam
+    optim.muon_rms = 0.2  # muon: of an update's elements, as adam's; 0: sqrt(max(1, out / in))
+    optim.schedule_free_base = "adamw"  # sgd | adamw
+    optim.lbfgs_memory = 10  # steps that it remembers
+    optim.linesearch_steps = 20  # lbfgs: at most; 0: the schedule's rate
+    optim.damping = 0.0  # newton, newton_cg, ggn_cg, coordinate_descent: added to the diagonal
+    optim.newton_limit = 4096  # newton: the most parameters it takes
+    optim.cg_steps = 50  # newton_cg, ggn_cg: at most
     optim.weight_decay = 0.0
-    optim.clip_norm = 0.0  # global norm of the gradient; 0 turns clipping off
+    optim.clip_norm = 0.0  # what clip_form compares with; 0 turns clipping off
+    # global_norm | block_rms, of each array | adaptive, relative to each output's weights
+    optim.clip_form = "global_norm"
     # (regex, value) in order, the first match wins, every parameter must match one
     optim.decay_mask = ((r".*/(bias|scale)", False), (r".*", True))
     optim.trust_mask = ((r".*/(bias|scale)", False), (r".*", True))  # lars, lamb
+    optim.rate_rules = ()  # (regex, factor): of the rate, by the first match; 0 freezes
+    optim.sam_rho = 0.0  # radius of sharpness-aware minimisation; 0 turns it off
+    optim.ema_decay = 0.0  # of the averaged parameters that are evaluated; 0 turns them off
+    optim.switch = ConfigDict()
+    optim.switch.name = ""  # the optimiser from switch.at_* on, or from the first plateau
+    optim.switch.rate_factor = 1.0
+    _durations(optim.switch, "at")
     optim.schedule = _schedule()
     return optim
 
@@ -114,7 +145,7 @@ def _optim() -> ConfigDict:
 def _schedule() -> ConfigDict:
     schedule = ConfigDict()
     # constant | cosine = warmup_cosine | step | exponential | polynomial | inverse_time | rsqrt |
-    # wsd | triangular | triangular2 | exp_range | sgdr | one_cycle | exp_growth
+    # wsd | triangular | triangular2 | exp_range | sgdr | one_cycle | exp_growth | plateau
     schedule.name = "warmup_cosine"
     schedule.peak = 1e-3  # the highest rate, of a batch of base_batch if that is given
     schedule.scaling = "none"  # of the peak with batch_size / base_batch: none | linear | sqrt
@@ -134,6 +165,11 @@ def _schedule() -> ConfigDict:
     schedule.growth_decay = 0.0  # the weight decay that exp_growth stands for; needs sgd
     schedule.cycle_factor = 2.0  # a cycle's length / the one's before (sgdr)
     schedule.rise_percent = 30.0  # of the steps after the warm-up (one_cycle)
+    # plateau: times factor if the mean loss of an epoch has not been below the best by more than
+    # threshold for patience (the optimiser's switch waits for the same)
+    schedule.plateau_factor = 0.1
+    schedule.plateau_threshold = 1e-3
+    _durations(schedule, "plateau_patience")
     _durations(schedule, "warmup")
     # half a cycle (triangular*, exp_range), the first cycle (sgdr), the decay (wsd), the time to
     # half the rate (inverse_time), to 1/sqrt(2) of it (rsqrt)

@@ -17,6 +17,7 @@ from jax import lax
 
 from lsdl.metrics import means
 from lsdl.models.layers import example_rows
+from lsdl.optim import wrappers
 from lsdl.state import Batch, TrainState, stream
 
 SUMMED = ("grads", "loss", "weight", "metrics")
@@ -99,11 +100,15 @@ def make_grads(
 
 
 def make_update(
-    tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    *,
+    gauss_newton: Callable | None = None,
 ) -> Callable[[TrainState, Batch, Callable], tuple[TrainState, Metrics]]:
     """`update(state, batch, sums) -> (state, metrics)`: one optimiser step on the mean gradient.
 
-    `sums(state, batch) -> Sums` is the gradients' half, over all devices.
+    `sums(state, batch) -> Sums` is the gradients' half, over all devices; `gauss_newton` is for the
+    optimisers that want its products.
     """
 
     def update(state: TrainState, batch: Batch, sums: Callable) -> tuple[TrainState, Metrics]:
@@ -117,6 +122,7 @@ def make_update(
             value=loss,
             grad=gradient,
             **_functions(state, batch, sums),
+            **({"gauss_newton_fn": gauss_newton(state, batch)} if gauss_newton else {}),
         )
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -125,7 +131,9 @@ def make_update(
             "grad_norm": optax.tree.norm(gradient),
             "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": wrappers.rate(
+                opt_state, jnp.asarray(schedule(state.step), jnp.float32)
+            ),
         }
         state = state.replace(
             step=state.step + 1,
@@ -185,11 +193,43 @@ def make_run(
     return run
 
 
+def make_gauss_newton(apply: Callable, task) -> Callable[[TrainState, Batch], Callable]:
+    """`gauss_newton(state, batch)(params, v)`: J^T H J v, on one device.
+
+    J is of the model's outputs at `params`, and H the Hessian of the mean loss in the outputs.
+    Source: Schraudolph 2002, equation 8.
+    """
+
+    def gauss_newton(state: TrainState, batch: Batch) -> Callable:
+        def outputs_of(params):
+            with example_rows(batch["row"]):
+                return apply(
+                    {"params": params, **state.model_state},
+                    *task.inputs(batch),
+                    train=True,
+                    rngs={"dropout": stream(state.key, "dropout", state.step)},
+                    mutable=list(state.model_state),
+                )[0]
+
+        def loss(outputs):
+            loss_sum, weight, _ = task.loss(outputs, batch)
+            return loss_sum / weight
+
+        def product(params, vector):
+            outputs, forward = jax.linearize(outputs_of, params)
+            curved = jax.jvp(jax.grad(loss), (outputs,), (forward(vector),))[1]
+            return jax.linear_transpose(forward, params)(curved)[0]
+
+        return product
+
+    return gauss_newton
+
+
 def make_eval_step(apply: Callable, task) -> Callable[[TrainState, Batch], Mapping]:
     """`eval_step(state, batch) -> {"loss", "weight", metrics...}`, summed over the batch."""
 
     def eval_step(state: TrainState, batch: Batch) -> Mapping:
-        outputs = apply(variables_of(state), *task.inputs(batch), train=False)
+        outputs = apply(evaluated(state), *task.inputs(batch), train=False)
         loss_sum, weight, metric_sums = task.loss(outputs, batch | _rows(batch))
         return {"loss": loss_sum, "weight": weight, **metric_sums}
 
@@ -197,9 +237,14 @@ def make_eval_step(apply: Callable, task) -> Callable[[TrainState, Batch], Mappi
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
-    """What the model is applied with."""
+    """What the model is trained with."""
     rest = {name: value for name, value in state.model_state.items() if name != TEACHER}
     return {"params": state.params, **rest}
+
+
+def evaluated(state: TrainState) -> dict[str, Any]:
+    """What the model is evaluated with: its parameters, or the averages that `opt_state` has."""
+    return variables_of(state.replace(params=wrappers.evaluated(state.opt_state, state.params)))
 
 
 def as_weights(variables: Mapping[str, Any]) -> dict[str, Any]:

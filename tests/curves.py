@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from lsdl.experiment import build
-from lsdl.optim.chain import path
+from lsdl.optim.groups import path
 from lsdl.state import TrainState
 from tests.tiny import FAST, drawn, random_batch
 

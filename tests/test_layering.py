@@ -36,7 +36,8 @@ LEVELS = [
         *("models.vit", "models.gpt", "models.bert", "models.clip"),
         *("models.convert_rules", "models.convert_transformers", "models.convert_convnets"),
         "models.convert",
-        *("optim.schedules", "optim.conditions", "optim.chain"),
+        *("optim.schedules", "optim.conditions", "optim.groups", "optim.links", "optim.wrappers"),
+        *("optim.solvers", "optim.chain"),
         *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
         *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
         *("tasks", "evaluators", "sampling", "checkpoint", "processes", "weights"),
@@ -74,7 +75,8 @@ DOORS = {
     "sentencepiece": {"data.text"},
     "tensorboardX": {"metrics"},
     "safetensors": {"weights"},
-    "optax": {"optim.schedules", "optim.chain", "step", "tasks", "components", "experiment"}
+    "optax": {"step", "tasks", "components", "experiment"}
+    | {m for m in LEVEL if m.startswith("optim.")}
     | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
     | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
     | {"studies.adam_minimum", "studies.explr"},

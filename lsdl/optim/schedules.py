@@ -258,6 +258,7 @@ def _one_cycle(peak: float, steps: int, shape: Shape) -> optax.Schedule:
 
 SCHEDULES = {
     "constant": _constant,
+    "plateau": _constant,  # which a link of the optimiser's chain multiplies
     "cosine": _cosine,
     "warmup_cosine": _cosine,  # its older name: any schedule has a warm-up
     "step": _step,

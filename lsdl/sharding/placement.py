@@ -74,13 +74,21 @@ def tree_shardings(
     def place(keys, leaf):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         boxes = _is_box(leaf)
-        value, names = (leaf.value, leaf.names) if boxes else (leaf, (None,) * leaf.ndim)
+        if boxes and not hasattr(leaf.value, "ndim"):  # what the optimiser keeps of others alone
+            return leaf.value
+        value = leaf.value if boxes else leaf
+        boxes = boxes and _is_like_parameter(leaf)
+        names = (None,) * value.ndim
+        if boxes:
+            names = (None,) * (value.ndim - len(leaf.names)) + leaf.names
         own = [] if path.startswith("model_state/") or not boxes else param_rules
         name = _parameter(keys)
         hits = [i for i, (pattern, _) in enumerate(own) if re.fullmatch(pattern, name)]
         matched.update(hits)
         if hits:
-            spec = P(*_by_own_rule(own[hits[0]], name, names, value.shape, mesh))
+            extra = value.ndim - len(leaf.names)
+            inner = names[extra:], value.shape[extra:]
+            spec = P(*(None,) * extra, *_by_own_rule(own[hits[0]], name, *inner, mesh))
             missed, won = "", (f"param_rules[{hits[0]}]",) * len(spec)
         else:
             spec, missed, won = resolve(names, value.shape, rules, mesh)
@@ -138,6 +146,14 @@ def check_used(mesh: Mesh | AbstractMesh, placements: Sequence[Placement], rules
 
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def _is_like_parameter(leaf: Any) -> bool:
+    """Whether a box holds its parameter's dims, and perhaps a history's before them.
+
+    Adafactor's factored moments lack a dim, and are one number where it does not need them.
+    """
+    return leaf.value.ndim >= len(leaf.names) and leaf.value.shape != (1,)
 
 
 def _parameter(keys: tuple) -> str:
