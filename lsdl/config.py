@@ -24,7 +24,7 @@ NOT_NEGATIVE = (
     "pipeline_microbatches",
     "loss.chunk",
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
-    *("optim.weight_decay", "optim.eps", "optim.eps_root", "optim.damping", "optim.sam_rho"),
+    *("optim.eps", "optim.eps_root", "optim.damping", "optim.sam_rho"),
     *("optim.muon_rms", "optim.linesearch_steps", "optim.initial_accumulator"),
 )
 
