@@ -329,9 +329,10 @@ def make_optimizer(
     detector = _make_plateau(config, units)
     switch = _make_switch(config, units, detector)
     names = (optim.name, switch.name) if switch else (optim.name,)
-    chain.check_meaning(fields, chain.fields_of(template().optim), names)
     plateau = detector if optim.schedule.name == "plateau" else None
-    return chain.make_optimizer(fields, schedule, plateau=plateau, switch=switch)
+    tx = chain.make_optimizer(fields, schedule, plateau=plateau, switch=switch)
+    chain.check_meaning(fields, chain.fields_of(template().optim), names)
+    return tx
 
 
 def _make_plateau(config: ConfigDict, units: dict[str, int]) -> wrappers.Plateau | None:
