@@ -206,6 +206,12 @@ def test_a_ramp_stopped_in_its_middle_goes_on_to_the_same_bits(experiment, tmp_p
     assert [{k: v for k, v in row.items() if k not in times} for row in rows] == [
         {k: v for k, v in row.items() if k not in times} for row in parts
     ]
+    assert [row["step"] for row in rows] == list(range(1, 14))
+    rates = [experiment.schedule(row["step"] - 1) for row in rows]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], rates, rtol=1e-6)
+    kept = Checkpoints(tmp_path / "parts" / "checkpoints")
+    assert kept.latest_step() == int(state.step) == 13
+    kept.close()
     seen = np.cumsum([experiment.ramp.batch_size_at(step) for step in range(len(rows))])
     assert [row["examples_seen"] for row in rows] == seen.tolist()
     sizes = [row["examples_per_s"] * row["step_time_s"] for row in rows]
