@@ -186,17 +186,17 @@ def _quadratic(key: jax.Array) -> dict:
     h_D = jnp.array(H_D)[None]
     steps, every = STEPS["quadratic"], EVERY["quadratic"]
 
-    def gradient(x_RD, key):
-        return h_D * x_RD + NOISE * jax.random.normal(key, x_RD.shape)
+    def gradient(x_RD, noise_RD):
+        return h_D * x_RD + noise_RD
 
     def excess(x_RD):
         return (h_D * x_RD**2).sum(1).mean() / 2
 
     @jax.jit
     def run(x_RD):
-        keys_T = jax.random.split(key, steps)
+        noise_TRD = NOISE * jax.random.normal(key, (steps, *x_RD.shape))
         return {
-            arm: _run(parts, gradient, x_RD, keys_T, every, excess)
+            arm: _run(parts, gradient, x_RD, noise_TRD, every, excess)
             for arm, parts in _arms(0.01, 0.01, steps).items()
         }
 
