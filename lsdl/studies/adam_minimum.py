@@ -106,10 +106,14 @@ EVERY = {"quadratic": 200, "digits": 40}
 def cells(scale: str, seeds: int) -> list[Cell]:
     """Two problems for each seed, and the first steps; three places of eps at full scale."""
     if scale == "full":
-        return [
-            Cell(f"outside-{eps:g}", {"eps": eps}, "configs/lm_gpt2.py:124m", {"optim.eps": eps})
-            for eps in (1e-8, 1e-4)
-        ]
+        outside, inside = "optim.eps", "optim.eps_root"
+        places = {
+            "outside-1e-8": {outside: 1e-8},
+            "inside-1e-8": {outside: 0.0, inside: 1e-8},
+            "outside-1e-4": {outside: 1e-4},
+        }
+        file = "configs/lm_gpt2.py:124m"
+        return [Cell(id, {"eps": id}, file, fields) for id, fields in places.items()]
     problems = ("quadratic", "digits")
     runs = [
         Cell(f"{k}-s{seed}", {"kind": k, "seed": seed}) for k in problems for seed in range(seeds)
