@@ -6,6 +6,7 @@ Raises `UserError` with the field, the rule and the values that would do.
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lsdl import measures
 from lsdl.data.dataset import Dataset
 from lsdl.errors import UserError, nearest
 from lsdl.models import alexnet, gpt, mlp, resnet, vit
@@ -181,6 +182,23 @@ def _check_stages(config: ConfigDict, mesh: Mesh) -> None:
     rows = config.batch_size // (meshes.batch_shards(mesh) * config.accum)
     pieces = config.pipeline_microbatches or stages
     divides("a device's rows of a microbatch", rows, pieces, "pipeline_microbatches")
+
+
+def check_measures(config: ConfigDict) -> None:
+    words = config.log.measure
+    for word in words:
+        choice("log.measure", word, measures.NAMES)
+    small = [word for word in measures.OF_MICROBATCHES if word in words]
+    if small and config.accum < 2:
+        raise UserError(
+            f"log.measure has {small[0]!r}, which compares microbatches: accum={config.accum} must "
+            "be at least 2."
+        )
+    if small and config.partitioner != "jit":
+        raise UserError(
+            f"log.measure has {small[0]!r}, and partitioner={config.partitioner} does not know a "
+            "microbatch's gradient before the end of the step: use partitioner=jit."
+        )
 
 
 def divides(what: str, value: int, by: int, of: str) -> None:

@@ -215,6 +215,7 @@ def _check_durations(actual: dict) -> None:
 def _check_tuples(actual: dict) -> None:
     """A tuple's elements have no type of their own in a ConfigDict."""
     words = ("data.transforms", "data.eval_transforms", "eval.transfer_transforms", "eval.probes")
+    words += ("log.measure",)
     for field in words:
         if not all(isinstance(word, str) for word in actual[field]):
             raise UserError(f"{field}={actual[field]} must hold words such as 'shift:1'.")

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from lsdl import checks, components, evaluation
+from lsdl import checks, components, evaluation, measures
 from lsdl import step as steps
 from lsdl.checkpoint import check_weights, with_shardings
 from lsdl.config import duration_steps, from_json, load
@@ -140,6 +140,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         units |= dict(ramp=ramp, epoch_examples=counts["train"])
 
     checks.check_ranges(config.model)
+    checks.check_measures(config)
     checks.check_divides(config, mesh, data)
     module = components.make_module(config, data, mesh=mesh)
     teacher = components.make_teacher(config, data)
@@ -161,20 +162,29 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
 
     init = jax.jit(lambda: nn.unbox(make_init(jax.random.key(seed))), out_shardings=shardings)
     prepare = steps.make_prepare(task)
+    measured = config.log.measure
     make_grads = functools.partial(
-        steps.make_grads, module.apply, task, teacher=teacher and teacher.apply
+        steps.make_grads,
+        module.apply,
+        task,
+        teacher=teacher and teacher.apply,
+        measured=[word for word in measured if word in measures.OF_MICROBATCHES],
     )
+    stacked = {p.path.removeprefix("params/") for p in placements if "layers" in p.names[:1]}
+    make_measure = functools.partial(measures.make, measured, stacked=stacked)
     gauss_newton = None
     if config.optim.name == "ggn_cg":
         gauss_newton = steps.make_gauss_newton(module.apply, task)
 
     def make_phase(part) -> Phase:
         """Its microbatches are those of the first phase, and more of them: so is its memory."""
+        accum = config.accum * part.factor
+        measure = make_measure(accum=accum)
         train_step = partition.partition(
             config.partitioner,
             prepare,
-            make_grads(accum=config.accum * part.factor),
-            steps.make_update(tx, schedule, gauss_newton=gauss_newton),
+            make_grads(accum=accum),
+            steps.make_update(tx, schedule, gauss_newton=gauss_newton, measure=measure),
             shardings=shardings,
             gradients=gradients,
             **placed,
@@ -198,6 +208,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         lambda tx, key: nn.unbox(
             steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)(key)
         ),
+        make_measure(accum=config.accum),
     )
     spec = task.spec(batch_size)
     loader = functools.partial(Loader, spec=spec, batch_size=batch_size, sharding=batch_sharding)

@@ -3,7 +3,7 @@
 All are metrics of the step, so they stand in `metrics.jsonl` beside the loss.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,26 @@ import jax.numpy as jnp
 NORMS, NOISE, ANGLE = NAMES = ("norms", "noise", "angle")
 OF_MICROBATCHES = (NOISE, ANGLE)
 SQUARE, UNIT = "square", "unit"
+
+
+def make(
+    words: Sequence[str], *, accum: int, stacked: Collection[str] = ()
+) -> Callable[..., dict[str, jax.Array]] | None:
+    """`measure(params, gradient, updates, sums, batch_size=) -> metrics` of `words`, None of none.
+
+    `stacked`: the paths of parameters whose first dim is their layers'.
+    """
+    if not words:
+        return None
+
+    def measure(params, gradient, updates, sums, *, batch_size: int):
+        found = norms(params, gradient, updates, stacked=stacked) if NORMS in words else {}
+        if set(OF_MICROBATCHES) & set(words):
+            split = dict(words=words, accum=accum, batch_size=batch_size)
+            found |= of_step(sums["measured"], gradient, **split)
+        return found
+
+    return measure
 
 
 def norms(

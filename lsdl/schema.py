@@ -71,6 +71,8 @@ def template() -> ConfigDict:
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_best = 1  # by the lowest valid loss
     config.log.tensorboard = True
+    # of each step: "norms" of its layers; of its microbatches the gradient's "noise" and "angle"
+    config.log.measure = ()
     return config
 
 

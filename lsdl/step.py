@@ -7,7 +7,8 @@
 A step is one optimiser update, whatever the number of microbatches.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from lsdl import measures
 from lsdl.metrics import means
 from lsdl.models.layers import example_rows
 from lsdl.optim import wrappers
@@ -40,15 +42,22 @@ def _rows(batch: Batch) -> Batch:
 
 
 def make_grads(
-    apply: Callable, task, *, accum: int, teacher: Callable | None = None
+    apply: Callable,
+    task,
+    *,
+    accum: int,
+    teacher: Callable | None = None,
+    measured: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], Sums]:
     """`grads(state, batch) -> Sums` over all rows of `batch`, in `accum` microbatches.
 
     `apply(variables, *inputs, train=, rngs=, mutable=)` is a Linen module's; so is `teacher`, whose
     outputs the loss gets as `extra` and whose variables are the state's `model_state[TEACHER]`.
     Microbatches are strided (row r goes to microbatch r mod accum), so that each one is spread
-    over all devices.
+    over all devices. `measured` are the words of `measures` that look at each microbatch; what
+    they add up is in the sums as "measured".
     """
+    of_microbatch = functools.partial(measures.of_microbatch, words=measured)
 
     def loss(params, model_state, batch: Batch, key):
         model_state = dict(model_state)
@@ -81,7 +90,9 @@ def make_grads(
 
         def add(sums: Sums, microbatch: Batch):
             new = one(state, sums["model_state"], microbatch)
-            total = {name: jax.tree.map(jnp.add, sums[name], new[name]) for name in SUMMED}
+            if measured:
+                new["measured"] = of_microbatch(means(new["grads"], new["weight"]))
+            total = {name: jax.tree.map(jnp.add, sums[name], new[name]) for name in names}
             return total | {"model_state": new["model_state"]}, None
 
         first = jax.tree.map(lambda x: x[0], microbatches)
@@ -94,6 +105,11 @@ def make_grads(
             for name in SUMMED
         }
         zeros["grads"] = jax.tree.map(jnp.zeros_like, state.params)
+        names = SUMMED
+        if measured:
+            names += ("measured",)
+            found = jax.eval_shape(of_microbatch, state.params)
+            zeros["measured"] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), found)
         return lax.scan(add, zeros | {"model_state": state.model_state}, microbatches)[0]
 
     return grads
@@ -104,11 +120,12 @@ def make_update(
     schedule: optax.Schedule,
     *,
     gauss_newton: Callable | None = None,
+    measure: Callable | None = None,
 ) -> Callable[[TrainState, Batch, Callable], tuple[TrainState, Metrics]]:
     """`update(state, batch, sums) -> (state, metrics)`: one optimiser step on the mean gradient.
 
     `sums(state, batch) -> Sums` is the gradients' half, over all devices; `gauss_newton` is for the
-    optimisers that want its products.
+    optimisers that want its products, `measure` what `measures.make` returns.
     """
 
     def update(state: TrainState, batch: Batch, sums: Callable) -> tuple[TrainState, Metrics]:
@@ -135,6 +152,9 @@ def make_update(
                 opt_state, jnp.asarray(schedule(state.step), jnp.float32)
             ),
         }
+        if measure:
+            rows = len(batch["weight"])
+            metrics |= measure(state.params, gradient, updates, found, batch_size=rows)
         state = state.replace(
             step=state.step + 1,
             params=params,
@@ -173,6 +193,7 @@ def make_run(
     grads: Callable,
     make_tx: Callable[[optax.Schedule], optax.GradientTransformationExtraArgs],
     make_state: Callable[[optax.GradientTransformation, jax.Array], TrainState],
+    measure: Callable | None = None,
 ) -> Callable[[jax.Array, jax.Array, Batch], tuple[TrainState, Metrics]]:
     """`run(key, rates_T, batches_T) -> (state, metrics_T)`: a whole training as one program.
 
@@ -183,7 +204,7 @@ def make_run(
     def run(key: jax.Array, rates_T: jax.Array, batches_T: Batch) -> tuple[TrainState, Metrics]:
         schedule = lambda step: rates_T[step]  # noqa: E731
         tx = make_tx(schedule)
-        update = make_update(tx, schedule)
+        update = make_update(tx, schedule, measure=measure)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             return update(state, prepare(batch, state), grads)

@@ -40,7 +40,7 @@ LEVELS = [
         *("optim.solvers", "optim.chain"),
         *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
         *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
-        *("tasks", "evaluators", "sampling", "checkpoint", "processes", "weights"),
+        *("measures", "tasks", "evaluators", "sampling", "checkpoint", "processes", "weights"),
     ],
     ["step"],
     [
