@@ -41,6 +41,7 @@ def _alone(config):
     alone.update({"mesh": "data=1", "partitioner": "jit", "rules": "dp", "remat": "none"})
     alone.update({"dcn_mesh": "", "param_rules": ()})
     alone.accum = 1
+    alone.log.measure = ()
     return FrozenConfigDict(alone)
 
 
