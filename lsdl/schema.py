@@ -43,15 +43,7 @@ def template() -> ConfigDict:
 
     config.data = _data()
 
-    config.loss = ConfigDict()
-    config.loss.label_smoothing = 0.0  # classification
-    config.loss.mixup = 0.0  # classification: alpha of Beta(alpha, alpha); 0 turns it off
-    config.loss.distill_weight = 0.0  # classification: of the teacher's part
-    config.loss.distill_temperature = 0.0  # 0: the teacher's most probable class
-    config.loss.z_loss = 0.0  # language
-    config.loss.balance = 0.0  # language, of a mixture of experts: each layer's balance loss
-    config.loss.form = "softmax"  # contrastive: softmax | sigmoid
-    config.loss.chunk = 0  # positions, or rows, with logits in memory at one time; 0: all
+    config.loss = _loss()
     config.init_from = ""  # a run folder or converted weights to start from
     config.init_fresh = ""  # regex of what is not taken from there, as "head/.*"
     config.teacher = ""  # a run folder whose model is distilled
@@ -60,20 +52,37 @@ def template() -> ConfigDict:
     for group in ("eval", "checkpoint", "log"):
         config[group] = ConfigDict()
         _durations(config[group], "every")
-    config.eval.probes = ()  # "knn", "linear": on frozen features, after training
-    config.eval.probe_shots = 0  # training examples of each class that they see; 0: all
-    # Another labelled data set that probes, and zero-shot classification, are measured on.
-    config.eval.transfer_source = ""
-    config.eval.transfer_train_split = "train"
-    config.eval.transfer_test_split = "test"
-    config.eval.transfer_transforms = ()
-    config.eval.transfer_class_names = ""  # a file with a line for each class; "": as it says
+    _evaluation(config.eval)
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_best = 1  # by the lowest valid loss
     config.log.tensorboard = True
     # of each step: "norms" of its layers; of its microbatches the gradient's "noise" and "angle"
     config.log.measure = ()
     return config
+
+
+def _loss() -> ConfigDict:
+    loss = ConfigDict()
+    loss.label_smoothing = 0.0  # classification
+    loss.mixup = 0.0  # classification: alpha of Beta(alpha, alpha); 0 turns it off
+    loss.distill_weight = 0.0  # classification: of the teacher's part
+    loss.distill_temperature = 0.0  # 0: the teacher's most probable class
+    loss.z_loss = 0.0  # language
+    loss.balance = 0.0  # language, of a mixture of experts: each layer's balance loss
+    loss.form = "softmax"  # contrastive: softmax | sigmoid
+    loss.chunk = 0  # positions, or rows, with logits in memory at one time; 0: all
+    return loss
+
+
+def _evaluation(group: ConfigDict) -> None:
+    group.probes = ()  # "knn", "linear": on frozen features, after training
+    group.probe_shots = 0  # training examples of each class that they see; 0: all
+    # Another labelled data set that probes, and zero-shot classification, are measured on.
+    group.transfer_source = ""
+    group.transfer_train_split = "train"
+    group.transfer_test_split = "test"
+    group.transfer_transforms = ()
+    group.transfer_class_names = ""  # a file with a line for each class; "": as it says
 
 
 def _data() -> ConfigDict:
