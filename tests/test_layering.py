@@ -46,6 +46,7 @@ LEVELS = [
     [
         *("planner.count", "planner.tree", "planner.totals", "planner.timetable", "planner.hlo"),
         "planner.collectives",
+        "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic"),
     ],
