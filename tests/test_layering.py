@@ -53,7 +53,7 @@ LEVELS = [
     ["checks", "components", "evaluation", "experiment"],
     ["loop", "checkup", "sweep", "reporting", "verdict"],
     [
-        "studies.claim",
+        *("studies.claim", "studies.digits"),
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
         *("studies.lars_norms", "studies.large_batch", "studies.batch_ramp"),
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
@@ -78,7 +78,7 @@ DOORS = {
     "safetensors": {"weights"},
     "optax": {"step", "tasks", "components", "experiment"}
     | {m for m in LEVEL if m.startswith("optim.")}
-    | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
+    | {"studies.staleness", "analysis.parameter_server", "analysis.descent", "analysis.logistic"}
     | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
     | {"studies.adam_minimum", "studies.explr"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}

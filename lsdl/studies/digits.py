@@ -1,0 +1,107 @@
+"""The digits, whole and in memory, and a small net for them: for runs that are one program.
+
+Train and valid alone: no study reads the test split.
+
+Shape letters: N examples, D = 64 pixels, C classes, T steps, B batch.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsdl.data.readers import in_memory
+from lsdl.data.sources import open_reader
+from lsdl.models.mlp import Mlp
+from lsdl.optim.chain import make_optimizer
+from lsdl.state import stream
+
+EPSILON = 1e-3  # three pixels are the same in every image
+
+
+class Split(NamedTuple):
+    x_ND: jax.Array  # pixels / 16, each standardised by the train split's mean and deviation
+    label_N: jax.Array
+
+
+def load() -> tuple[Split, Split]:
+    """(train, valid): 1,257 and 270 images."""
+    arrays = {}
+    for split in ("train", "valid"):
+        found = in_memory(open_reader("digits", split), ("image", "label")).arrays
+        arrays[split] = found["image"].reshape(-1, 64) / np.float32(16), found["label"]
+    x_ND = arrays["train"][0]
+    mean_D, std_D = x_ND.mean(0, keepdims=True), x_ND.std(0, keepdims=True) + np.float32(EPSILON)
+    return tuple(
+        Split(jnp.array((x_ND - mean_D) / std_D), jnp.array(label_N, jnp.int32))
+        for x_ND, label_N in (arrays[split] for split in ("train", "valid"))
+    )
+
+
+class Classifier:
+    """A ReLU net with `hidden` layers: He's initialisation, biases of zero, no dropout."""
+
+    def __init__(self, *hidden: int):
+        self._model = Mlp(hidden=hidden, num_classes=10)
+
+    def init(self, key: jax.Array) -> Any:
+        return self._model.init(key, jnp.zeros((1, 64)), train=False)["params"]
+
+    def logits(self, params: Any, x_ND: jax.Array) -> jax.Array:
+        return self._model.apply({"params": params}, x_ND, train=False)
+
+    def loss(self, params: Any, batch: Split) -> jax.Array:
+        """The mean cross-entropy in nats."""
+        logits_NC = jax.nn.log_softmax(self.logits(params, batch.x_ND))
+        return -jnp.take_along_axis(logits_NC, batch.label_N[:, None], 1).mean()
+
+    def example_loss(self, params: Any, example: Split) -> jax.Array:
+        """Of one image, `(D,)`."""
+        return self.loss(params, jax.tree.map(lambda x: x[None], example))
+
+    def accuracy(self, params: Any, split: Split) -> jax.Array:
+        return (self.logits(params, split.x_ND).argmax(-1) == split.label_N).mean()
+
+
+def batches(key: jax.Array, count: int, *, size: int, steps: int) -> jax.Array:
+    """Ids of each step's batch, `(T, B)`: every epoch in a new order, what is left over dropped."""
+    per_epoch = count // size
+
+    def epoch(i):
+        order_N = jax.random.permutation(stream(key, "epoch", i), count)
+        return order_N[: per_epoch * size].reshape(per_epoch, size)
+
+    return jax.vmap(epoch)(jnp.arange(-(-steps // per_epoch))).reshape(-1, size)[:steps]
+
+
+def rows(split: Split, ids: jax.Array) -> Split:
+    """The examples of `ids`."""
+    return Split(split.x_ND[ids], split.label_N[ids])
+
+
+def sgd(rate: float | jax.Array, momentum: float = 0.0):
+    """Stochastic gradient descent at a constant rate, nothing else."""
+    nowhere = ((".*", False),)
+    return make_optimizer(
+        "sgd",
+        lambda step: rate,
+        clip_norm=0.0,
+        weight_decay=0.0,
+        decay_mask=nowhere,
+        trust_mask=nowhere,
+        momentum=momentum,
+        nesterov=False,
+        b1=0.0,
+        b2=0.0,
+        eps=0.0,
+        trust_coefficient=0.0,
+    )
+
+
+def step(net: Classifier, optimizer, state: tuple, batch: Split) -> tuple:
+    """One update of `(params, opt_state)`."""
+    params, opt_state = state
+    gradient = jax.grad(net.loss)(params, batch)
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    return jax.tree.map(jnp.add, params, updates), opt_state
