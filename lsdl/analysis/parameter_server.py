@@ -89,6 +89,7 @@ def simulate(
     joined: int,
     staleness: int,
     key: jax.Array | None = None,
+    lag: jax.Array | None = None,
     fetch_every: int = 1,
     push_every: int = 1,
     local_rate: float | jax.Array = 0.0,
@@ -99,7 +100,8 @@ def simulate(
     `loss(params, batch)` is a batch's mean; the leaves of `batches` are `(R, N, ...)`, those of a
     batch `(...)`: the examples, or the ids that `loss` looks up. A turn's gradients are of the
     parameters of `staleness` updates ago (of the first ones if there were fewer), or with a `key`
-    of 0 to `staleness` ago, drawn for each turn. `staleness + 1` versions are kept.
+    of 0 to `staleness` ago, drawn for each turn; or of `lag` ago, a number of at most `staleness`,
+    over which a program can be vmapped. `staleness + 1` versions are kept.
 
     A replica fetches before every `fetch_every`-th batch, in between steps its copy by `local_rate`
     times its gradient, and pushes the sum of its gradients after every `push_every`-th batch: the
@@ -114,7 +116,7 @@ def simulate(
     groups = replicas // joined
     turns = rounds * groups
     if key is None:
-        lag_T = jnp.full(turns, staleness)
+        lag_T = jnp.full(turns, staleness if lag is None else lag)
     else:
         lag_T = jax.random.randint(stream(key, "staleness"), (turns,), 0, staleness + 1)
     if opt_state is None:

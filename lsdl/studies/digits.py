@@ -2,20 +2,21 @@
 
 Train and valid alone: no study reads the test split.
 
-Shape letters: N examples, D = 64 pixels, C classes, T steps, B batch.
+Shape letters: N examples, D = 64 pixels, C classes, S seeds, T steps,
+B batch.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsdl.data.readers import in_memory
+from lsdl.data.readers import TRAIN, generator, in_memory
 from lsdl.data.sources import open_reader
 from lsdl.models.mlp import Mlp
 from lsdl.optim.chain import make_optimizer
-from lsdl.state import stream
 
 EPSILON = 1e-3  # three pixels are the same in every image
 
@@ -25,6 +26,7 @@ class Split(NamedTuple):
     label_N: jax.Array
 
 
+@functools.cache
 def load() -> tuple[Split, Split]:
     """(train, valid): 1,257 and 270 images."""
     arrays = {}
@@ -45,8 +47,9 @@ class Classifier:
     def __init__(self, *hidden: int):
         self._model = Mlp(hidden=hidden, num_classes=10)
 
-    def init(self, key: jax.Array) -> Any:
-        return self._model.init(key, jnp.zeros((1, 64)), train=False)["params"]
+    def init(self, keys_S: jax.Array) -> Any:
+        """Parameters for each key, `(S, ...)`."""
+        return _init(self._model, keys_S)
 
     def logits(self, params: Any, x_ND: jax.Array) -> jax.Array:
         return self._model.apply({"params": params}, x_ND, train=False)
@@ -64,15 +67,30 @@ class Classifier:
         return (self.logits(params, split.x_ND).argmax(-1) == split.label_N).mean()
 
 
-def batches(key: jax.Array, count: int, *, size: int, steps: int) -> jax.Array:
-    """Ids of each step's batch, `(T, B)`: every epoch in a new order, what is left over dropped."""
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: Mlp, keys_S: jax.Array) -> Any:
+    def init(key):
+        return model.init(key, jnp.zeros((1, 64)), train=False)["params"]
+
+    return jax.vmap(init)(keys_S)
+
+
+def batches(seed: int, count: int, *, size: int, steps: int) -> np.ndarray:
+    """Ids of each step's batch, `(T, B)`: every epoch in a new order, what is left over dropped.
+
+    Drawn by numpy: a compiler takes seconds over a permutation.
+    """
     per_epoch = count // size
+    orders = [
+        generator(seed, TRAIN, epoch, 0).permutation(count)[: per_epoch * size]
+        for epoch in range(-(-steps // per_epoch))
+    ]
+    return np.concatenate(orders).reshape(-1, size)[:steps]
 
-    def epoch(i):
-        order_N = jax.random.permutation(stream(key, "epoch", i), count)
-        return order_N[: per_epoch * size].reshape(per_epoch, size)
 
-    return jax.vmap(epoch)(jnp.arange(-(-steps // per_epoch))).reshape(-1, size)[:steps]
+def keys(seeds: int) -> jax.Array:
+    """One for each seed."""
+    return jax.vmap(jax.random.key)(jnp.arange(seeds))
 
 
 def rows(split: Split, ids: jax.Array) -> Split:

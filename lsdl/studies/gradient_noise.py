@@ -3,9 +3,11 @@
 The 1,257 training digits are all there is: minibatches are drawn from them, and the full gradient
 is known. A 64-128-128-10 ReLU net, SGD with momentum on batches of 32.
 
-Shape letters: S seeds, P moments of training, B batch sizes, M draws.
+Shape letters: S seeds, P moments of training, B batch sizes, M draws,
+T steps.
 """
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from jax import lax
 
 from lsdl import plots
 from lsdl.analysis import noise
-from lsdl.state import stream
+from lsdl.data.readers import EVALUATION, generator
 from lsdl.studies import digits
 from lsdl.studies.claim import Cell, Claim, Expected, judged
 
@@ -102,10 +104,11 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     """Lists by seed, then by epoch (0: initialisation) or by batch size."""
     train, _ = digits.load()
     net = digits.Classifier(*HIDDEN)
-    keys = jax.vmap(jax.random.key)(jnp.arange(cell.settings["seeds"]))
-    params_PS = jax.jit(
-        jax.vmap(lambda key: _trained(net, train, key, epochs=cell.settings["epochs"]), out_axes=1)
-    )(keys)
+    epochs, draws, seeds = (cell.settings[name] for name in ("epochs", "draws", "seeds"))
+    run = functools.partial(_trained, net, train, epochs=epochs)
+    shape = {"size": BATCH, "steps": epochs * (len(train.label_N) // BATCH)}
+    ids = np.stack([digits.batches(s, len(train.label_N), **shape) for s in range(seeds)])
+    params_PS = jax.jit(jax.vmap(run, out_axes=1))(net.init(digits.keys(seeds)), ids)
 
     def statistics(params):
         found = noise.example_statistics(
@@ -114,65 +117,59 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
         return net.loss(params, train), found
 
     loss_PS, found_PS = jax.jit(lambda p: lax.map(lambda p: lax.map(statistics, p), p))(params_PS)
-    row = {
-        "loss": loss_PS,
-        "noise_scale": found_PS.noise_scale,
-        "cosine": found_PS.cosine,
-    }
+    row = {"loss": loss_PS, "noise_scale": found_PS.noise_scale, "cosine": found_PS.cosine}
     row = {name: np.array(value_PS).T.tolist() for name, value_PS in row.items()}
-    drawn = jax.jit(
-        lambda *args: lax.map(lambda a: _drawn(net, train, *a, draws=cell.settings["draws"]), args)
-    )
+    measured = jax.jit(functools.partial(lax.map, functools.partial(_measured, net, train)))
+    drawn = [_drawn(seed, len(train.label_N), draws) for seed in range(seeds)]
+    id_by_size = jax.tree.map(lambda *x: np.stack(x), *drawn)
     for moment, i in (("init", 0), ("end", -1)):
         at_S = [jax.tree.map(operator.itemgetter(i), x) for x in (params_PS, found_PS.gradient)]
-        row |= _summary(moment, drawn(keys, *at_S))
+        row |= _summary(moment, measured((id_by_size, *at_S)))
     return row
 
 
-def _trained(net, train: digits.Split, key, *, epochs: int):
+def _trained(net, train: digits.Split, params, id_TB, *, epochs: int):
     """The parameters at initialisation and after each epoch."""
     optimizer = digits.sgd(RATE, MOMENTUM)
-    per_epoch = len(train.label_N) // BATCH
-    ids = digits.batches(key, len(train.label_N), size=BATCH, steps=epochs * per_epoch)
-    params = net.init(stream(key, "init"))
 
     def step(state, id_B):
         return digits.step(net, optimizer, state, digits.rows(train, id_B)), None
 
-    def epoch(state, ids):
-        state, _ = lax.scan(step, state, ids)
+    def epoch(state, id_TB):
+        state, _ = lax.scan(step, state, id_TB)
         return state, state[0]
 
-    ids = ids.reshape(epochs, per_epoch, BATCH)
-    _, later = lax.scan(epoch, (params, optimizer.init(params)), ids)
+    start = params, optimizer.init(params)
+    _, later = lax.scan(epoch, start, id_TB.reshape(epochs, -1, BATCH))
     return jax.tree.map(lambda first, x: jnp.concatenate([first[None], x]), params, later)
 
 
-def _drawn(net, train: digits.Split, key, params, full, *, draws: int):
-    """|error|^2, cosine with `full` and |gradient|^2 of drawn minibatches, `(B, M)` each.
-
-    And |error|^2 of half the examples, drawn with replacement and without, `(2, M)`.
+def _drawn(seed: int, count: int, draws: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids of minibatches `(M, B)`: with replacement of each size, and of half the examples, with
+    replacement and without, a quarter as many.
     """
-    count = len(train.label_N)
+    draw = generator(seed, EVALUATION, 0, 0)
+    by_size = [draw.integers(count, size=(draws, size)) for size in BATCH_SIZES]
+    half = count // 2
+    subsets = np.stack([draw.permutation(count)[:half] for _ in range(draws // 4)])
+    return by_size, [draw.integers(count, size=(draws // 4, half)), subsets]
 
-    def of(ids):
-        gradient = jax.grad(net.loss)(params, digits.rows(train, ids))
+
+def _measured(net, train: digits.Split, args):
+    """|error|^2, cosine with the full gradient and |gradient|^2 of the minibatches, `(B, M)` each.
+
+    And |error|^2 of the halves, `(2, M)`.
+    """
+    (by_size, halves), params, full = args
+
+    def of(id_B):
+        gradient = jax.grad(net.loss)(params, digits.rows(train, id_B))
         error = noise.square(jax.tree.map(jnp.subtract, gradient, full))
         return error, noise.cosine(gradient, full), noise.square(gradient)
 
-    def independent(key, size):
-        return jax.random.randint(key, (size,), 0, count)
-
-    def subset(key, size):
-        return jax.random.permutation(key, count)[:size]
-
-    def sample(name, draw, size):
-        keys_M = jax.random.split(stream(key, name, size), draws)
-        return lax.map(lambda key: of(draw(key, size)), keys_M)
-
-    by_size = [sample("minibatch", independent, size) for size in BATCH_SIZES]
-    halves = [sample("half", draw, count // 2)[0] for draw in (independent, subset)]
-    return *(jnp.stack(column) for column in zip(*by_size, strict=True)), jnp.stack(halves)
+    columns = zip(*(lax.map(of, id_MB) for id_MB in by_size), strict=True)
+    half_2M = lax.map(lambda id_MB: lax.map(lambda id_B: of(id_B)[0], id_MB), jnp.stack(halves))
+    return *(jnp.stack(column) for column in columns), half_2M
 
 
 def _summary(moment: str, drawn) -> dict[str, Any]:

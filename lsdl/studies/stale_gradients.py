@@ -10,7 +10,7 @@ The derivation behind linear scaling, K steps of one example against one step of
     v   = w_0 - a (g_1(w_0) + ... + g_K(w_0))          one big step, rate K a on the mean gradient
     w_K - v = a^2 sum_k H_k(w_0) (g_1 + ... + g_{k-1})(w_0) + O(a^3)
 
-Shape letters: S seeds, R rates, P passes, B batch, K small steps.
+Shape letters: S seeds, R rates, P passes, T steps, B batch, K small steps.
 """
 
 import functools
@@ -26,7 +26,6 @@ from jax import lax
 
 from lsdl import plots
 from lsdl.analysis import noise
-from lsdl.state import stream
 from lsdl.studies import digits
 from lsdl.studies.claim import Cell, Claim, Expected, judged
 
@@ -94,53 +93,50 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     given = cell.settings
     train, _ = digits.load()
     net = digits.Classifier(HIDDEN)
+    count, seeds = len(train.label_N), given["seeds"]
     if "steps" in given:
-        run = functools.partial(_small_and_big, net, train, steps=given["steps"])
+        size, steps, run = 1, given["steps"], _small_and_big
     else:
-        run = functools.partial(
-            _curve, net, train, size=given["batch_size"], passes=given["passes"]
-        )
-    over_both = jax.jit(jax.vmap(jax.vmap(run, (None, 0)), (0, None)))
-    keys_S = jax.vmap(jax.random.key)(jnp.arange(given["seeds"]))
+        size, passes = given["batch_size"], given["passes"]
+        steps = passes * (count // size)
+        run = functools.partial(_curve, passes=passes)
+    id_STB = np.stack([digits.batches(s, count, size=size, steps=steps) for s in range(seeds)])
+    run = functools.partial(run, net, train)
+    over_both = jax.jit(jax.vmap(jax.vmap(run, (None, None, 0)), (0, 0, None)))
+    found = over_both(net.init(digits.keys(seeds)), id_STB, jnp.array(given["rates"]))
     return {
         name: np.minimum(np.nan_to_num(value, nan=LARGEST), LARGEST).tolist()
-        for name, value in over_both(keys_S, jnp.array(given["rates"])).items()
+        for name, value in found.items()
     }
 
 
-def _curve(net, train: digits.Split, key, rate, *, size: int, passes: int) -> dict[str, Any]:
+def _curve(net, train: digits.Split, params, id_TB, rate, *, passes: int) -> dict[str, Any]:
     """The training loss at the start and at the end of each pass."""
     optimizer = digits.sgd(rate)
-    count = len(train.label_N)
-    ids = digits.batches(key, count, size=size, steps=passes * (count // size))
-    params = net.init(stream(key, "init"))
 
     def step(state, id_B):
         return digits.step(net, optimizer, state, digits.rows(train, id_B)), None
 
-    def one_pass(state, ids):
-        state, _ = lax.scan(step, state, ids)
+    def one_pass(state, id_TB):
+        state, _ = lax.scan(step, state, id_TB)
         return state, net.loss(state[0], train)
 
     start = params, optimizer.init(params)
-    _, loss_P = lax.scan(one_pass, start, ids.reshape(passes, -1, size))
+    id_PTB = id_TB.reshape(passes, -1, id_TB.shape[-1])
+    _, loss_P = lax.scan(one_pass, start, id_PTB)
     return {"loss": jnp.concatenate([net.loss(params, train)[None], loss_P])}
 
 
-def _small_and_big(net, train: digits.Split, key, rate, *, steps: int) -> dict[str, Any]:
-    """How far apart they end, and how far they go."""
-    ids = digits.batches(key, len(train.label_N), size=1, steps=steps)
-    params = net.init(stream(key, "init"))
-
-    def small(params, id_B):
-        return digits.step(
-            net, optimizer, (params, optimizer.init(params)), digits.rows(train, id_B)
-        )[0], None
-
+def _small_and_big(net, train: digits.Split, params, id_KB, rate) -> dict[str, Any]:
+    """How far apart they end, and how far the big step goes."""
     optimizer = digits.sgd(rate)
-    last, _ = lax.scan(small, params, ids)
-    gradient = jax.grad(net.loss)(params, digits.rows(train, ids[:, 0]))
-    big = jax.tree.map(lambda w, g: w - steps * rate * g, params, gradient)
+
+    def small(state, id_B):
+        return digits.step(net, optimizer, state, digits.rows(train, id_B)), None
+
+    (last, _), _ = lax.scan(small, (params, optimizer.init(params)), id_KB)
+    mean = jax.grad(net.loss)(params, digits.rows(train, id_KB[:, 0]))
+    big = jax.tree.map(lambda w, g: w - len(id_KB) * rate * g, params, mean)
     return {"distance": _distance(last, big), "length": _distance(big, params)}
 
 
