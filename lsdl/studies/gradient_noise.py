@@ -1,7 +1,9 @@
 """How far a minibatch's gradient is from the full one, and what batch size that asks for.
 
 The 1,257 training digits are all there is: minibatches are drawn from them, and the full gradient
-is known. A 64-128-128-10 ReLU net, SGD with momentum on batches of 32.
+is known. A 64-128-128-10 ReLU net, SGD with momentum on batches of 32. The agreement of examples is
+the mean cosine of two gradients, each counted alike; B_simple weighs them by their lengths, and
+grows as well where few examples keep a large gradient.
 
 Shape letters: S seeds, P moments of training, B batch sizes, M draws,
 T steps.

@@ -105,7 +105,7 @@ def cells(scale: str, seeds: int) -> list[Cell]:
             for size, accuracy in PUBLISHED.items()
         ] + [Cell("sgd-512", config="imagenet_alexnet:bn,512", published="60.2%")]
     # The norm of conv1's 34,848 weights varies by 0.4% from draw to draw: many draws.
-    gradients = [Cell(f"gradients-{form}", {"form": form, "images": 8}) for form in FORMS]
+    gradients = [Cell(f"gradients-{form}", {"form": form, "images": 4}) for form in FORMS]
     return [Cell("norms", {"draws": 4 * seeds}), *gradients]
 
 
