@@ -78,7 +78,8 @@ DOORS = {
     "safetensors": {"weights"},
     "optax": {"step", "tasks", "components", "experiment"}
     | {m for m in LEVEL if m.startswith("optim.")}
-    | {"studies.staleness", "analysis.parameter_server", "analysis.descent", "analysis.logistic"}
+    | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
+    | {"studies.gradient_noise", "studies.stale_gradients", "studies.staleness"}
     | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
     | {"studies.adam_minimum", "studies.explr"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}

@@ -10,7 +10,7 @@ import pytest
 
 from lsdl.analysis.parameter_server import simulate
 from lsdl.models.alexnet import AlexNet
-from lsdl.optim.chain import path
+from lsdl.optim.groups import path
 from lsdl.studies import digits, gradient_noise, lars_norms, stale_gradients, staleness
 
 STUDIES = [gradient_noise, lars_norms, stale_gradients, staleness]

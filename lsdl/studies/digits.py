@@ -16,7 +16,6 @@ import numpy as np
 from lsdl.data.readers import TRAIN, generator, in_memory
 from lsdl.data.sources import open_reader
 from lsdl.models.mlp import Mlp
-from lsdl.optim.chain import make_optimizer
 
 EPSILON = 1e-3  # three pixels are the same in every image
 
@@ -96,25 +95,6 @@ def keys(seeds: int) -> jax.Array:
 def rows(split: Split, ids: jax.Array) -> Split:
     """The examples of `ids`."""
     return Split(split.x_ND[ids], split.label_N[ids])
-
-
-def sgd(rate: float | jax.Array, momentum: float = 0.0):
-    """Stochastic gradient descent at a constant rate, nothing else."""
-    nowhere = ((".*", False),)
-    return make_optimizer(
-        "sgd",
-        lambda step: rate,
-        clip_norm=0.0,
-        weight_decay=0.0,
-        decay_mask=nowhere,
-        trust_mask=nowhere,
-        momentum=momentum,
-        nesterov=False,
-        b1=0.0,
-        b2=0.0,
-        eps=0.0,
-        trust_coefficient=0.0,
-    )
 
 
 def step(net: Classifier, optimizer, state: tuple, batch: Split) -> tuple:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from lsdl import plots
@@ -132,7 +133,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _trained(net, train: digits.Split, params, id_TB, *, epochs: int):
     """The parameters at initialisation and after each epoch."""
-    optimizer = digits.sgd(RATE, MOMENTUM)
+    optimizer = optax.sgd(RATE, MOMENTUM)
 
     def step(state, id_B):
         return digits.step(net, optimizer, state, digits.rows(train, id_B)), None

@@ -18,7 +18,7 @@ from jax import lax
 
 from lsdl import plots
 from lsdl.models.alexnet import AlexNet
-from lsdl.optim.chain import path
+from lsdl.optim.groups import path
 from lsdl.state import stream
 from lsdl.studies.claim import Cell, Claim, Expected, judged
 

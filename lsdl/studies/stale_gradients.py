@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from lsdl import plots
@@ -112,7 +113,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _curve(net, train: digits.Split, params, id_TB, rate, *, passes: int) -> dict[str, Any]:
     """The training loss at the start and at the end of each pass."""
-    optimizer = digits.sgd(rate)
+    optimizer = optax.sgd(rate)
 
     def step(state, id_B):
         return digits.step(net, optimizer, state, digits.rows(train, id_B)), None
@@ -129,7 +130,7 @@ def _curve(net, train: digits.Split, params, id_TB, rate, *, passes: int) -> dic
 
 def _small_and_big(net, train: digits.Split, params, id_KB, rate) -> dict[str, Any]:
     """How far apart they end, and how far the big step goes."""
-    optimizer = digits.sgd(rate)
+    optimizer = optax.sgd(rate)
 
     def small(state, id_B):
         return digits.step(net, optimizer, state, digits.rows(train, id_B)), None
