@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -333,6 +334,11 @@ def make_optimizer(
     tx = chain.make_optimizer(fields, schedule, plateau=plateau, switch=switch)
     chain.check_meaning(fields, chain.fields_of(template().optim), names)
     return tx
+
+
+def parameter_groups(config: ConfigDict, params: Any) -> list[dict[str, Any]]:
+    """What the optimiser does to each parameter, by the first rule that matches its path."""
+    return chain.parameter_table(chain.fields_of(config.optim), params)
 
 
 def _make_plateau(config: ConfigDict, units: dict[str, int]) -> wrappers.Plateau | None:

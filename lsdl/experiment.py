@@ -60,6 +60,7 @@ class Experiment:
     shardings: TrainState
     placements: list[placement.Placement]
     lint: tuple[str, ...]  # what the rules did not do
+    parameter_groups: list[dict[str, Any]]  # of each parameter: its optimiser, rate, masks
     num_parameters: int  # without the padding of vocabularies
     init: Callable[[], TrainState]  # jitted; each device makes its own shards
     init_from: Path | None  # checkpoints whose weights replace the initial ones
@@ -233,6 +234,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         shardings=shardings,
         placements=placements,
         lint=tuple(inspect.lint(placements, table, own, mesh=mesh)),
+        parameter_groups=components.parameter_groups(config, abstract_state.params),
         num_parameters=_num_parameters(placements, module),
         init=init,
         init_from=init_from,

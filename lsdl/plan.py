@@ -8,13 +8,11 @@ from pathlib import Path
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
-  python -m lsdl.plan --config configs/digits_vit.py --depth 5
   python -m lsdl.plan --config configs/digits_vit.py --config.model.width=768 --json plan.json
   python -m lsdl.plan --config configs/digits_vit.py --config.mesh=fsdp=-1 --devices 32 --shardings
   python -m lsdl.plan --config configs/stdlib_gpt.py --config.mesh=data=8 --collectives
 
-Nothing is allocated, and the devices of the mesh need not exist: a -1 in it takes --devices, or as
-many as there are here.
+Nothing is allocated; the devices need not exist: a -1 in mesh takes --devices, or those here.
 FLOPs are counted in the traced programs: two for each multiply-add of a matrix product or a
 convolution, nothing for all else. Forward is an evaluation step; the train step is forward and
 backward, and what config.remat computes again is told apart: total_flops leaves it out.
@@ -36,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--collectives", action="store_true", help="compile the step: what its devices exchange")
     add("--shardings", action="store_true", help="how each parameter is split, and by which rule")
     add("--schedule", action="store_true", help="rate and batch size over the steps, alone")
+    add("--groups", action="store_true", help="what the optimiser does to each parameter")
     add("--html", type=Path, metavar="FILE", help="write shardings or schedule there, drawn")
     add("--json", type=Path, metavar="FILE", help="write the plan there, with every module")
     return parser
@@ -58,6 +57,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # After the parser, so that --help and a mistyped flag cost no second.
     from lsdl import config as configs
     from lsdl.experiment import build
+    from lsdl.optim import groups
     from lsdl.planner import collectives, timetable, totals, tree
     from lsdl.rundir import versions, write_json
     from lsdl.sharding import inspect, mesh
@@ -94,6 +94,8 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(collectives.table(numbers["collectives"]))
     if arguments.shardings:
         print(inspect.table(experiment.placements, experiment.mesh), *experiment.lint, sep="\n")
+    if arguments.groups:
+        print(groups.table(experiment.parameter_groups))
     if arguments.html:
         arguments.html.write_text(inspect.page(experiment))
     for note in experiment.notes:

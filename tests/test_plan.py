@@ -351,3 +351,15 @@ def test_the_schedule_is_told_without_a_step_being_traced(capsys, tmp_path, monk
     page = (tmp_path / "plan.html").read_text()
     assert page.count("<svg ") == 2
     assert "#" in out
+
+
+def test_the_groups_are_told_for_every_parameter(capsys):
+    config = f"{CONFIGS / 'digits_mlp.py'}:smoke"
+    rules = "(('head/.*',0.0),('hidden_0/.*',0.5))"
+    assert main(["--config", config, "--groups", f"--config.optim.rate_rules={rules}"]) == 0
+    lines = filter(None, map(str.split, capsys.readouterr().out.splitlines()))
+    told = {words[0]: words[-4:] for words in lines}
+    assert told["head/kernel"] == ["adamw", "0", "-", "-"]
+    assert told["hidden_0/dense/kernel"] == ["adamw", "0.5", "yes", "-"]
+    assert told["hidden_0/dense/bias"] == ["adamw", "0.5", "-", "-"]
+    assert told["hidden_1/dense/kernel"] == ["adamw", "1", "yes", "-"]

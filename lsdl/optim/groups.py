@@ -99,3 +99,16 @@ def matrix_dims(name: str, shape: Sequence[int]) -> tuple[tuple[int, ...], int] 
     if len(shape) - first not in (2, 4):
         return None
     return tuple(range(first, len(shape) - 1)), len(shape) - 1
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `chain.parameter_table`, one line each: `rate` is the factor of the schedule's."""
+    width = max(len("parameter"), *(len(row["path"]) for row in rows))
+    names = f"{'optimiser':>20}{'rate':>8}{'decay':>7}{'trust':>7}"
+    lines = [f"{'parameter':{width}}  {'shape':>20}{names}"]
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"])) or "scalar"
+        yes = ["yes" if row[name] else "-" for name in ("decay", "trust")]
+        line = f"{row['path']:{width}}  {shape:>20}{row['optimiser']:>20}{row['rate']:>8g}"
+        lines.append(f"{line}{yes[0]:>7}{yes[1]:>7}")
+    return "\n".join(lines)
