@@ -88,6 +88,13 @@ def check_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") ->
         _fitting_step(manager, folder, _without(abstract, fresh))
 
 
+def holds(folder: Path, part: str) -> bool:
+    """Whether the newest checkpoint has the `part` of a state: converted weights have not all."""
+    with _opened(folder) as manager:
+        step = manager.latest_step()
+        return step is not None and part in manager.item_metadata(step)["state"].tree
+
+
 def merged(tree: dict, over: dict) -> dict:
     """`tree` with the leaves that `over` has, which may be only some, in their places."""
     return {

@@ -59,7 +59,8 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # After the parser, so that --help and a mistyped flag cost no second.
     from lsdl import config as configs
     from lsdl import weights as files
-    from lsdl.checkpoint import load_weights, save_weights
+    from lsdl.checkpoint import save_weights
+    from lsdl.experiment import reopen, stored_weights
     from lsdl.models import convert as tables
     from lsdl.rundir import RunDir
 
@@ -68,15 +69,16 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stored = folder.read_config()
         if stored is None or not folder.checkpoints.is_dir():
             raise UserError(f"--run={run} is no run folder with config.json and checkpoints.")
-        module, abstract = _model(stored["config"])
+        experiment = reopen(stored["config"])
+        module, abstract = _model(experiment)
         settings = tables.fields(module, abstract)
-        tensors = tables.to_hf(load_weights(folder.checkpoints, abstract), module)
+        tensors = tables.to_hf(stored_weights(experiment, folder.checkpoints), module)
         files.write(out, tensors, settings)
     else:
         config, overridden = configs.load(arguments.config, overrides)
         fields = configs.to_json(config)
         tensors, settings = files.read(arguments.source.expanduser())
-        module, abstract = _model(fields)
+        module, abstract = _model(reopen(fields))
         tables.check_fields(settings, module, abstract)
         weights = tables.to_lsdl(tensors, module, abstract)
         folder = RunDir(out)
@@ -88,12 +90,10 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return FINISHED
 
 
-def _model(fields: dict):
+def _model(experiment):
     """The module of a stored config and the shapes of its weights."""
-    from lsdl.experiment import reopen
     from lsdl.step import as_weights, variables_of
 
-    experiment = reopen(fields)
     return experiment.module, as_weights(variables_of(experiment.abstract_state))
 
 

@@ -20,13 +20,14 @@ from ml_collections import ConfigDict
 
 from lsdl import checks, components, evaluation, measures
 from lsdl import step as steps
-from lsdl.checkpoint import check_weights, with_shardings
+from lsdl.checkpoint import Checkpoints, check_weights, holds, load_weights, with_shardings
 from lsdl.config import duration_steps, from_json, load
 from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.data.ramp import Ramp
 from lsdl.errors import UserError
 from lsdl.optim.conditions import Conditions
+from lsdl.optim.wrappers import averages
 from lsdl.planner import tree
 from lsdl.sharding import inspect, partition, placement, rules
 from lsdl.sharding import mesh as meshes
@@ -311,6 +312,22 @@ def opened(path: str, overrides: Mapping[str, Any]) -> Experiment:
 def reopen(fields: dict) -> Experiment:
     """The experiment of a run folder's stored fields, on one device, for the use of its model."""
     return build(from_json(fields | ALONE), devices=jax.devices()[:1])
+
+
+def stored_weights(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """The newest checkpoint's {"params", "model_state"}, as evaluation reads them.
+
+    These are the averages of the parameters where the run's optimiser kept them.
+    """
+    state = experiment.abstract_state
+    if not (averages(state.opt_state) and holds(folder, "opt_state")):
+        return load_weights(folder, steps.as_weights(steps.variables_of(state)))
+    checkpoints = Checkpoints(folder)
+    try:
+        state = checkpoints.restore(checkpoints.latest_step(), state)
+        return steps.as_weights(steps.evaluated(state))
+    finally:
+        checkpoints.close()
 
 
 def _check_data(

@@ -52,12 +52,10 @@ def generate(arguments: argparse.Namespace) -> int:
     import jax
 
     from lsdl import config as configs
-    from lsdl.checkpoint import load_weights
     from lsdl.data import text
-    from lsdl.experiment import reopen
+    from lsdl.experiment import reopen, stored_weights
     from lsdl.rundir import RunDir
     from lsdl.sampling import sample
-    from lsdl.step import as_weights, variables_of
 
     folder = RunDir(arguments.run)
     stored = folder.read_config()
@@ -69,9 +67,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if config.data.seq_len < 1:
         raise UserError(f"{folder.path} learned from {config.data.source}, which is no text.")
     experiment = reopen(stored["config"])
-    variables = load_weights(
-        folder.checkpoints, as_weights(variables_of(experiment.abstract_state))
-    )
+    variables = stored_weights(experiment, folder.checkpoints)
 
     tokenizer = text.tokenizer(config.data.tokenizer)
     prompt = [tokenizer.separator, *tokenizer.encode(arguments.prompt)]
