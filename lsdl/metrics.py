@@ -1,6 +1,7 @@
 """Metrics: means from (sum, weight) pairs, and the writers of the run folder's curves."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,7 +56,11 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard event files, one tag per split and metric."""
+    """TensorBoard event files, one tag per split and metric.
+
+    Without what is not finite, such as the update ratio of a layer that starts at zero: it has no
+    place on a curve, and the writer warns of each.
+    """
 
     def __init__(self, path: Path, *, after_step: int):
         from tensorboardX import SummaryWriter
@@ -64,7 +69,7 @@ class TensorBoard:
 
     def write(self, row: dict) -> None:
         for name, value in row.items():
-            if name not in ("step", "split"):
+            if name not in ("step", "split") and math.isfinite(value):
                 self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
     def close(self) -> None:

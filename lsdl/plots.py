@@ -289,7 +289,7 @@ def heatmap(
             grid,
             cmap="RdBu_r" if diverging else "viridis",
             norm="log" if logz else None,
-            rasterized=grid.size > 1024,
+            rasterized=grid.size > 256,
             **limits,
         )
         bar = axes.figure.colorbar(mesh, ax=axes, label=z)
@@ -297,7 +297,7 @@ def heatmap(
         if logz:
             _log_ticks(bar.ax.yaxis)
         for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
-            most = 12 if axis is axes.yaxis else max(2, 40 // max(len(word(n)) + 1 for n in names))
+            most = 24 if axis is axes.yaxis else max(2, 40 // max(len(word(n)) + 1 for n in names))
             every = range(0, len(names), math.ceil(len(names) / most))
             axis.set_ticks([i + 0.5 for i in every], [_short(word(names[i])) for i in every])
         for (i, j), value in np.ndenumerate(grid):

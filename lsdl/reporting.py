@@ -3,121 +3,17 @@
 Read are `config.json`, `env.json`, `metrics.jsonl` and `plan.json`; nothing of them is executed.
 """
 
-import json
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from lsdl import page, plots
-from lsdl.errors import UserError
-from lsdl.metrics import read_rows
+from lsdl import dynamics, page, plots
 from lsdl.page import Markup, element
-from lsdl.rundir import RunDir
+from lsdl.runs import Group, Run, Table, brief, curve, differences, grouped, read_run
 
-MOST_POINTS = 400  # of a curve; more are averaged in groups
-MOST_LINES = 12  # of a figure of layers
 NO_METRIC = {"step", "split", "examples_seen", "step_time_s", "examples_per_s", "learning_rate"}
-NO_METRIC |= {"examples", "tokens", "pairs"}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run folder holds."""
-
-    path: Path
-    fields: Mapping
-    source: str
-    env: Mapping
-    plan: Mapping
-    rows: Mapping[str, Sequence[Mapping]]  # by split
-
-    @property
-    def last_step(self) -> int:
-        return max((row["step"] for rows in self.rows.values() for row in rows), default=0)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed alone."""
-
-    label: str
-    runs: Sequence[Run]
-
-
-Table = tuple[list[float], list[float], list[float], list[float]]
-
-
-def read_run(path: Path) -> Run:
-    """The run in the folder `path`; `UserError` if there is none."""
-    folder = RunDir(path)
-    stored = folder.read_config()
-    if stored is None:
-        raise UserError(f"{path} holds no run: give a folder that lsdl.train has written.")
-    rows = defaultdict(list)
-    try:
-        for row in read_rows(folder.metrics):
-            rows[row["split"]].append(row)
-        others = [folder.env, folder.path / "plan.json"]
-        env, plan = (json.loads(f.read_text()) if f.exists() else {} for f in others)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not as lsdl writes it ({error!r}): mend it.") from error
-    return Run(Path(path), stored["config"], stored["source"], env, plan, dict(rows))
-
-
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Groups of runs that differ in their seed alone, each called by what it differs in."""
-    groups = defaultdict(list)
-    for run in runs:
-        fields = {k: v for k, v in run.fields.items() if k != "seed"}
-        groups[json.dumps(fields, sort_keys=True)].append(run)
-    labels = []
-    for members in groups.values():
-        name = members[0].fields["name"]
-        different = differences([run for run in runs if run.fields["name"] == name])
-        told = list(_told(members[0], different))
-        named = [] if told and len({run.fields["name"] for run in runs}) == 1 else [name]
-        label = " ".join(named + told)
-        labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
-    return [Group(label, runs) for label, runs in zip(labels, groups.values(), strict=True)]
-
-
-def _told(run: Run, fields: Sequence[str]) -> Iterator[str]:
-    """Up to three of the fields, with the run's values, the shortest way."""
-    quiet = ("seed", "checkpoint.", "log.", "eval.")
-    fields = [f for f in fields if not f.startswith(quiet) and run.fields.get(f) is not None]
-    for field in fields[:3]:
-        name, value = field.split(".")[-1], _brief(run.fields[field], 20)
-        yield value if name == "name" else f"{name}={value}"
-
-
-def differences(runs: Sequence[Run]) -> list[str]:
-    """The config fields in which the runs differ."""
-    fields = dict.fromkeys(field for run in runs for field in run.fields)
-    return [f for f in fields if len({json.dumps(run.fields.get(f)) for run in runs}) > 1]
-
-
-def curve(group: Group, split: str, name: str) -> Table | None:
-    """Steps, and the mean, lowest and highest over the seeds; None if there are no values."""
-    columns = []
-    for run in group.runs:
-        found = {row["step"]: row.get(name) for row in run.rows.get(split, ())}
-        columns.append({step: y for step, y in found.items() if isinstance(y, int | float)})
-    columns = [column for column in columns if column]
-    if not columns:
-        return None
-    # Where some seeds have not come yet, a mean of the others would be a jump of the curve.
-    steps = sorted(set.intersection(*map(set, columns)) or set.union(*map(set, columns)))
-    size = math.ceil(len(steps) / MOST_POINTS)
-    table = []
-    for i in range(0, len(steps), size):
-        some = steps[i : i + size]
-        values = [[column[step] for step in some if step in column] for column in columns]
-        means = [statistics.fmean(v) for v in values if v]
-        table.append((some[-1], statistics.fmean(means), min(means), max(means)))
-    return tuple(map(list, zip(*table, strict=True)))
+NO_METRIC |= {"examples", "tokens", "pairs", *dynamics.OF_STEP}
 
 
 def runs_page(folders: Sequence[Path], *, title: str = "") -> str:
@@ -128,7 +24,7 @@ def runs_page(folders: Sequence[Path], *, title: str = "") -> str:
     count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
     lead = f"{count} in {len(groups)} group{'s' * (len(groups) > 1)}"
     note = "A line is the mean over the seeds of a group, the band its lowest and highest."
-    figures = _Figures()
+    figures, noise = _Figures(), dynamics.noise_figures(groups)
     return page.document(
         title,
         element("p", lead, class_="lead"),
@@ -137,6 +33,10 @@ def runs_page(folders: Sequence[Path], *, title: str = "") -> str:
         page.section("Curves", figures.row(_metric_figures(groups))),
         page.section("Schedule", figures.row(_schedule_figures(groups))),
         page.section("Norms", figures.row(_norm_figures(groups))),
+        page.section(
+            "Layers", figures.row(dynamics.layer_figures(groups)), dynamics.extremes(groups)
+        ),
+        page.section("Gradient noise", figures.row(noise), dynamics.noise_text(groups)),
         page.section("Throughput", figures.row(_throughput_figures(groups))),
         page.section("Memory", *_memory(groups, figures)),
         page.section("What differs", _differences(runs)),
@@ -200,7 +100,9 @@ def _schedule_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
     sizes = {}
     for group in groups:
         if table := curve(group, "train", "examples_seen"):
-            steps, seen = [0, *table[0]], [0, *table[1]]
+            # Where a point is a mean of several rows, the first has none before it.
+            start = [0] if len(table[0]) == 1 else []
+            steps, seen = start + table[0], start + table[1]
             pairs = range(1, len(steps))
             size = [(seen[i] - seen[i - 1]) / (steps[i] - steps[i - 1]) for i in pairs]
             sizes[group.label] = (steps[1:], size)
@@ -211,18 +113,6 @@ def _norm_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
     titles = {"grad_norm": "Gradient", "update_norm": "Update", "param_norm": "Parameters"}
     for name, title in titles.items():
         yield _lines(groups, "train", name, title=title, y="norm", log=True)
-    for group in groups:
-        names = dict.fromkeys(
-            n for run in group.runs for row in run.rows.get("train", ()) for n in row if "/" in n
-        )
-        parts = defaultdict(dict)
-        for name in names:
-            what, _, layer = name.partition("/")
-            parts[what][layer] = curve(group, "train", name)
-        for what, layers in parts.items():
-            shown = dict(list(layers.items())[:MOST_LINES])
-            title = f"{what.replace('_', ' ').capitalize()} by layer, {group.label}"
-            yield _drawn(shown, title=title, y=what, log=True)
 
 
 def _throughput_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
@@ -309,7 +199,7 @@ def _differences(runs: Sequence[Run]) -> Markup:
     fields = differences(runs)
     if not fields:
         return element("p", "One config, printed in config.json of the run folder.")
-    rows = [(str(run.path), *(_brief(run.fields.get(f)) for f in fields)) for run in runs]
+    rows = [(str(run.path), *(brief(run.fields.get(f)) for f in fields)) for run in runs]
     return page.table(("run", *fields), rows)
 
 
@@ -335,8 +225,3 @@ def _environments(runs: Sequence[Run]) -> Markup:
     commands = [" ".join(map(str, run.env.get("command", ()))) for run in runs]
     listed = [element("pre", command) for command in commands if command]
     return Markup(page.table(head, rows, cards=True) + page.details("Commands", *listed))
-
-
-def _brief(value: object, most: int = 60) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -51,7 +51,7 @@ LEVELS = [
         *("analysis.descent", "analysis.quadratic", "analysis.logistic"),
     ],
     ["checks", "components", "evaluation", "experiment"],
-    ["loop", "checkup", "sweep", "reporting", "verdict"],
+    ["loop", "checkup", "sweep", "runs", "dynamics", "reporting", "verdict"],
     [
         *("studies.claim", "studies.digits"),
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),

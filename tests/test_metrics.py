@@ -217,7 +217,8 @@ def events(folder):
 def test_event_file_has_a_tag_per_split_and_metric(tmp_path):
     writer = TensorBoard(tmp_path / "tensorboard", after_step=0)
     writer.write({"step": 1, "split": "train", "loss": 2.5, "examples_seen": 96})
-    writer.write({"step": 2, "split": "train", "loss": 1.5})
+    ratios = {"update_ratio/head/bias": float("inf"), "update_ratio/x": float("nan")}
+    writer.write({"step": 2, "split": "train", "loss": 1.5, **ratios})
     writer.write({"step": 2, "split": "valid", "loss": 0.5})
     writer.close()
     scalars = [

@@ -6,9 +6,12 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 
-from lsdl import page, plots, reporting, verdict
+from lsdl import dynamics, page, plots, reporting, verdict
+from lsdl import runs as kept
+from lsdl.analysis import noise
 from lsdl.report import main
 
 NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
@@ -115,8 +118,8 @@ def test_two_seeds_are_one_line_with_a_band(runs, tmp_path, capsys):
 
 
 def test_the_numbers_are_those_of_the_runs(runs):
-    group = reporting.grouped([reporting.read_run(folder) for folder in runs])[0]
-    steps, mean, low, high = reporting.curve(group, "train", "loss")
+    group = kept.grouped([kept.read_run(folder) for folder in runs])[0]
+    steps, mean, low, high = kept.curve(group, "train", "loss")
     rows = [[json.loads(r) for r in (f / "metrics.jsonl").read_text().splitlines()] for f in runs]
     losses = [[r["loss"] for r in run if r["split"] == "train"] for run in rows]
     assert steps == list(range(1, 21))
@@ -128,8 +131,8 @@ def test_the_numbers_are_those_of_the_runs(runs):
 def test_groups_are_called_by_what_they_differ_in(tmp_path):
     runs = [made(tmp_path / f"a{seed}", seed=seed) for seed in range(2)]
     runs.append(made(tmp_path / "b", **{"optim.name": "lars", "batch_size": 8}))
-    read = [reporting.read_run(run) for run in runs]
-    groups = reporting.grouped(read)
+    read = [kept.read_run(run) for run in runs]
+    groups = kept.grouped(read)
     assert [(g.label, len(g.runs)) for g in groups] == [("sgd", 2), ("lars batch_size=8", 1)]
     text = reporting.runs_page(runs)
     assert "lars batch_size=8" in checked(text).words
@@ -163,10 +166,115 @@ def test_nan_and_layers_and_memory(tmp_path):
 def test_a_long_curve_stays_light(tmp_path):
     rows = [{"step": s, "split": "train", "loss": 1.0} for s in range(1, 5001)]
     run = made(tmp_path / "a", rows=rows)
-    group = reporting.grouped([reporting.read_run(run)])[0]
-    steps = reporting.curve(group, "train", "loss")[0]
-    assert len(steps) <= reporting.MOST_POINTS
+    group = kept.grouped([kept.read_run(run)])[0]
+    steps = kept.curve(group, "train", "loss")[0]
+    assert len(steps) <= kept.MOST_POINTS
     assert steps[-1] == 5000
+
+
+def test_layers_of_a_deep_net_are_one_light_picture_of_each_kind(tmp_path):
+    layers = [
+        f"encoder/transformer/blocks/{m}/kernel[{i}]" for m in ("attn", "mlp") for i in range(65)
+    ]
+    kinds = list(dynamics.KINDS)
+    rows = [{"step": s, "split": "train", "loss": 1.0} for s in range(1, 31)]
+    for row in rows:
+        row |= {f"{k}/{n}": (i + 1) / row["step"] for i, n in enumerate(layers) for k in kinds}
+        row[f"trust_ratio/{layers[3]}"] = float("inf")  # a layer without gradient
+    text = reporting.runs_page([made(tmp_path / "a", rows=rows)])
+    seen = checked(text)
+    assert len(text) < 2_000_000
+    for title, _ in dynamics.KINDS.values():
+        assert f"{title} by layer" in seen.words
+    assert text.count("data:image/png") >= len(kinds)
+    assert (
+        seen.words.count("encoder/transformer/blocks/attn/kernel[0]") == 4
+    )  # the lowest of each kind
+    assert seen.words.count("encoder/transformer/blocks/mlp/kernel[64]") == 4
+    assert any("Not measured: --config.log.measure=" in word for word in seen.words)
+
+
+def test_few_layers_are_lines_in_the_order_of_the_net(tmp_path):
+    names = [f"grad_norm/block_{i}/w" for i in (1, 10, 2)]
+    rows = [{"step": s, "split": "train"} | dict.fromkeys(names, 1.0 * s) for s in (1, 2)]
+    groups = kept.grouped([kept.read_run(made(tmp_path / "a", rows=rows))])
+    (figure,) = dynamics.layer_figures(groups)
+    assert set(re.findall(r"block_\d+/w", figure.svg())) == {n.partition("/")[2] for n in names}
+    assert dynamics._layers(groups[0]) == {"grad_norm": ["block_1/w", "block_2/w", "block_10/w"]}
+
+
+def noisy(size, steps, *, signal, accum=4, first=1, seen=0, trace=100.0):
+    """Rows of a run whose gradient and noise are known, up to a jitter of its squares."""
+    random = np.random.default_rng(first)
+    rows = []
+    for step in range(first, first + steps):
+        jitter = 1 + 0.02 * random.normal(size=2)
+        seen += size
+        small, big = (signal + trace / n * j for n, j in zip((16, size), jitter, strict=True))
+        rows.append({"step": step, "split": "train", "loss": signal, "examples_seen": seen})
+        rows[-1] |= {"grad_square_micro": small, "grad_square": big, "micro_angle_deg": 80.0}
+    return rows
+
+
+SIZES = {"batch_size": 64, "accum": 4, "batch_ramp": []}
+
+
+def group_of(folder, rows, **fields):
+    return kept.grouped([kept.read_run(made(folder, rows=rows, **fields))])
+
+
+def test_the_noise_scale_grows_as_the_loss_falls(tmp_path):
+    rows = noisy(64, 40, signal=1.0) + noisy(64, 40, signal=0.25, first=41)
+    groups = group_of(tmp_path / "a", rows, **SIZES)
+    windows = dynamics.noise_windows(groups[0])
+    assert len(windows) == 10
+    assert [w.last_step for w in windows] == list(range(8, 81, 8))
+    first = [[row[n] for row in rows[:8]] for n in ("grad_square_micro", "grad_square")]
+    assert (windows[0].scale, windows[0].error) == noise.noise_scale(*first, 16, 64)
+    for w in windows:
+        assert w.scale == pytest.approx(100 / w.loss, abs=4 * w.error)
+        assert not w.bound
+    titles = [figure.title for figure in dynamics.noise_figures(groups)]
+    assert titles == ["Angle between microbatches", "Noise scale", "Noise scale by loss"]
+    text = reporting.runs_page([tmp_path / "a"])
+    words = checked(text).words
+    assert f"{windows[0].scale:.1f} ± {windows[0].error:.1f}" in words
+    assert {"batch of 64", "33 to 40"} <= set(words)
+
+
+def test_a_batch_that_grows_has_windows_of_its_own(tmp_path):
+    rows = noisy(64, 20, signal=1.0) + noisy(256, 20, signal=1.0, first=21, seen=64 * 20)
+    kept_rows = [row for row in rows if row["step"] % 2 == 1]  # one is of both sizes' steps
+    (group,) = group_of(tmp_path / "a", kept_rows, **SIZES | {"batch_ramp": [[50.0, 4]]})
+    windows = dynamics.noise_windows(group)
+    assert [(w.first_step, w.last_step, w.batch_size) for w in windows] == [
+        (1, 19, 64),
+        (23, 39, 256),
+    ]
+    assert all(w.scale == pytest.approx(100, abs=4 * w.error) for w in windows)
+
+
+def test_a_gradient_lost_in_the_noise_gives_a_bound(tmp_path):
+    groups = group_of(tmp_path / "a", noisy(64, 8, signal=1e-3), **SIZES)
+    (window,) = dynamics.noise_windows(groups[0])
+    assert window.bound
+    assert 500 < window.scale < 1e5
+    assert f"&gt; {plots.word(window.scale)}" in dynamics.noise_text(groups)
+    assert "at least" in list(dynamics.noise_figures(groups))[1].svg()
+
+
+@pytest.mark.parametrize(
+    ("steps", "fields", "told"),
+    [
+        (0, SIZES, "Not measured: --config.log.measure"),
+        (8, {}, "config.json tells no batch_size and accum"),
+        (7, SIZES, "it takes 8 logged steps"),
+    ],
+)
+def test_noise_that_is_not_measured_is_told_so(tmp_path, steps, fields, told):
+    groups = group_of(tmp_path / "a", noisy(64, steps, signal=1.0), **fields)
+    assert told in dynamics.noise_text(groups)
+    assert not any("Noise" in figure.title for figure in dynamics.noise_figures(groups))
 
 
 def test_all_text_is_escaped(tmp_path):
@@ -297,7 +405,6 @@ def test_a_browser_shows_it(kind, runs, study, tmp_path):
     assert dom.count("</svg>") == len(svgs(text))
     picture = tmp_path / "page.png"
     chromium("--window-size=1200,1600", f"--screenshot={picture}")
-    import numpy as np
     from PIL import Image
 
     with Image.open(picture) as image:
