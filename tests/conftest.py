@@ -27,7 +27,17 @@ def pytest_addoption(parser):
     parser.addoption("--rewrite-golden", action="store_true", help="rewrite tests/golden")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    slow = {line for line in lines if not line.startswith("#")}
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
+    if list(config.args) == config.getini("testpaths"):  # the whole suite was collected
+        gone = slow - {item.nodeid for item in items}
+        if gone:
+            raise pytest.UsageError(f"tests/slow.txt names no test: {sorted(gone)}")
     part, parts = map(int, config.getoption("--shard").split("/"))
     kept = [i for i in items if zlib.crc32(i.nodeid.encode()) % parts == part - 1]
     if len(kept) < len(items):

@@ -239,7 +239,7 @@ def test_an_older_config_json_is_understood():
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (mlp.Mlp((8,), 10, "relu", 0.0), "Mlp has no counterpart"),
+        (mlp.Mlp((8,), 10), "Mlp has no counterpart"),
         (vit.Vit(**MODEL, pool="mean"), "model.pool='mean' has no counterpart"),
         (vit.Vit(**MODEL, stem=1), "model.stem=1 has no counterpart"),
         (vit.Vit(**MODEL, activation="elu"), "model.activation='elu' has no counterpart"),
