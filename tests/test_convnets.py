@@ -627,7 +627,7 @@ def test_the_rate_of_goyal_grows_with_the_batch(load, batch, peak, first, warmup
     built = experiment.build(load(f"imagenet_resnet50:{batch}", "mesh=data=1"), devices=1)
     rises = round(warmup / 90 * built.total_steps)
     assert float(built.schedule(rises)) == pytest.approx(peak)
-    assert float(built.schedule(0)) == pytest.approx(first)
+    assert float(built.schedule(0)) == pytest.approx(first, rel=1e-5)
     assert load(f"imagenet_resnet50:{batch}").optim.schedule.warmup_epochs == warmup
 
 
