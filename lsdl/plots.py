@@ -8,6 +8,7 @@ What is not finite, or not positive on a logarithmic axis, is left out.
 import hashlib
 import html
 import io
+import itertools
 import math
 import re
 import warnings
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure as Drawing
 # Okabe and Ito's colours, told apart by all readers; yellow, which paper swallows, is left out.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7f87")
 MARKERS = "osD^vPX"
+HOLLOW = "D^sovPX"  # of others' points
 DASHES = ("-", "--", ":", "-.")
 # The colours that a page with a dark mode replaces: see `Figure.svg`.
 INK, FAINT, PAPER = "#23272e", "#d5d9df", "#fefefe"
@@ -198,8 +200,10 @@ def lines(
         ends = []
         for i, (label, values) in enumerate(ours.items()):
             ends.append((label, _line(axes, values, i, joined, few)))
-        for i, (label, values) in enumerate(theirs.items()):
-            axes.plot(*values[:2], "D", color=INK, markerfacecolor="none", markersize=6 + i)
+        hollow = dict(zip(theirs, itertools.cycle(HOLLOW), strict=False))
+        for label, values in theirs.items():
+            style = dict(color=INK, markerfacecolor="none", markersize=6)
+            axes.plot(*values[:2], hollow[label], linestyle="none", **style)
             ends.append((label, (*_last(values), INK)))
         if diagonal:
             start = [max(axes.get_xlim()[0], axes.get_ylim()[0])] * 2
@@ -210,7 +214,7 @@ def lines(
         if band:
             axes.axhspan(*band[:2], color=PALETTE[2], alpha=0.14, linewidth=0)
             ends += [(band[2], (math.nan, _middle(axes, *band[:2]), PALETTE[2]))] * (len(band) > 2)
-        _name(axes, ends, {label: 6 + i for i, label in enumerate(theirs)})
+        _name(axes, ends, hollow)
 
     labels = [*series, *published, *levels, *(band or ())[2:]]
     return Figure(title, (Panel(draw, _space(labels)),), alt)
@@ -414,7 +418,7 @@ def _middle(axes: Axes, low: float, high: float) -> float:
     return math.sqrt(low * high) if axes.get_yscale() == "log" else (low + high) / 2
 
 
-def _name(axes: Axes, ends: Sequence, hollow: Mapping[str, float]) -> None:
+def _name(axes: Axes, ends: Sequence, hollow: Mapping[str, str]) -> None:
     """Each label right of the axes, level with its line's end, none on top of another."""
     ends = [end for end in ends if end[0] and math.isfinite(end[1][1])]
     axes.autoscale_view()
@@ -437,7 +441,7 @@ def _name(axes: Axes, ends: Sequence, hollow: Mapping[str, float]) -> None:
             style |= {"linewidth": 2.2}
         if label in hollow:
             path = ((1.035,), (height,))
-            style |= {"marker": "D", "markerfacecolor": "none", "markersize": hollow[label]}
+            style |= {"marker": hollow[label], "markerfacecolor": "none", "markersize": 6}
         axes.plot(*path, transform=axes.transAxes, **style)
         axes.text(1.06, height, _short(label), transform=axes.transAxes, va="center", size=size)
 

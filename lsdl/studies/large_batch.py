@@ -287,49 +287,73 @@ def _full() -> list[Cell]:
 def figure(table: list[dict]) -> dict:
     rules = {
         "same rate": ("none", "none"),
+        "sqrt, warm-up": ("sqrt", "gradual"),
         "linear": ("linear", "none"),
         "linear, warm-up": ("linear", "gradual"),
-        "sqrt, warm-up": ("sqrt", "gradual"),
     }
-    ours = {f"SGD, {name}": _errors(table, "sgd", rule) for name, rule in rules.items()}
-    ours["LARS, linear, warm-up"] = _errors(table, "lars", ("linear", "gradual"))
-    ours["LAMB, sqrt, warm-up"] = _errors(table, "lamb", ("sqrt", "gradual"))
-    ours["AdamW, sqrt, warm-up"] = _errors(table, "adamw", ("sqrt", "gradual"))
-    sizes = np.array(list(GOYAL_ERRORS))
-    mean, std = np.array(list(GOYAL_ERRORS.values())).T
-    papers = {
-        "SGD, ResNet-50 (Goyal et al.)": (sizes, mean, mean - std, mean + std),
-        "LARS, ResNet-50 (You et al.)": _error_curve(YOU_RESNET),
-        "LARS, AlexNet-BN (You et al.)": _error_curve(YOU_ALEXNET),
+    of_sgd = {name: _errors(table, "sgd", rule) for name, rule in rules.items()}
+    of_others = {
+        "SGD, linear": _errors(table, "sgd", ("linear", "gradual")),
+        "Nesterov, linear": _errors(table, "nesterov", ("linear", "gradual")),
+        "LARS, sqrt": _errors(table, "lars", ("sqrt", "gradual")),
+        "LAMB, sqrt": _errors(table, "lamb", ("sqrt", "gradual")),
+        "AdamW, linear": _errors(table, "adamw", ("linear", "gradual")),
     }
-    log = dict(x="batch size", logx=True)
+    axes = dict(x="batch size", y="valid error, %", logx=True)
     error = plots.panels(
         [
-            plots.lines(ours, title="Digits, measured here", y="valid error, %", **log),
-            plots.lines(papers, title="ImageNet, published", y="top-1 error, %", **log),
+            plots.lines(of_sgd, title="SGD on digits: the rate's rule", **axes),
+            plots.lines(of_others, title="Optimisers, with warm-up", **axes),
         ]
     )
+    return {
+        "error_against_batch": error,
+        "cost_beside_published": _cost(of_sgd),
+        "time_against_batch": _time(table),
+    }
+
+
+def _cost(of_sgd: dict) -> plots.Figure:
+    """Points of error above the base batch, over the batch in units of the base batch."""
+    above = lambda xs, ys: (np.asarray(xs) / xs[0], np.asarray(ys) - ys[0])  # noqa: E731
+    goyal = [mean for mean, _ in list(GOYAL_ERRORS.values())[1:]]
+    ours = {
+        f"digits, SGD, {name}": above(*of_sgd[name][:2])
+        for name in ("same rate", "linear, warm-up")
+    }
+    papers = {
+        "ResNet-50, SGD (Goyal et al.)": above(list(GOYAL_ERRORS)[1:], goyal),
+        "ResNet-50, LARS (You et al.)": above(*_error_curve(YOU_RESNET)),
+        "AlexNet-BN, LARS (You et al.)": above(*_error_curve(YOU_ALEXNET)),
+    }
+    return plots.lines(
+        ours,
+        published=papers,
+        title="What a large batch costs, beside the published points",
+        x="batch size / base batch",
+        y="points of error above the base batch",
+        logx=True,
+    )
+
+
+def _time(table: list[dict]) -> plots.Figure:
     batches = (BASE, *BATCHES)
     seconds = [
         np.median([r["run_s"] for r in table if (r["arm"], r["batch"]) == ("epochs", b)]) / 12
         for b in batches
     ]
-    relative = {
-        "Digits, measured here": (np.array(batches) / BASE, np.array(seconds) / seconds[0]),
-        "ResNet-50 on 8 to 352 GPUs (Goyal et al.)": (
-            np.array(list(GOYAL_EPOCH_MIN)) / 256,
-            np.array(list(GOYAL_EPOCH_MIN.values())) / 16,
-        ),
-    }
-    time = plots.lines(
-        relative,
-        title="Time of an epoch, relative to the base batch",
+    ours = {"digits on this machine": (np.array(batches) / BASE, np.array(seconds) / seconds[0])}
+    minutes = np.array(list(GOYAL_EPOCH_MIN.values()))
+    papers = {"8 to 352 GPUs (Goyal et al.)": (np.array(list(GOYAL_EPOCH_MIN)) / 256, minutes / 16)}
+    return plots.lines(
+        ours,
+        published=papers,
+        title="Time of an epoch",
         x="batch size / base batch",
         y="time / time at the base batch",
         logx=True,
         logy=True,
     )
-    return {"error_against_batch": error, "time_against_batch": time}
 
 
 def _error_curve(accuracies: dict[int, float]):
