@@ -128,9 +128,13 @@ def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> Tra
     if experiment.init_from:
         wanted = as_weights(variables_of(abstract))
         weights = load_weights(experiment.init_from, wanted, fresh=experiment.init_fresh)
+        params = merged(state.params, weights["params"])
+        # Averages of the parameters start from these as well.
+        start = jax.jit(experiment.tx.init, out_shardings=experiment.shardings.opt_state)
         state = state.replace(
-            params=merged(state.params, weights["params"]),
+            params=params,
             model_state=merged(state.model_state, weights.get("model_state", {})),
+            opt_state=start(params),
         )
     return state
 

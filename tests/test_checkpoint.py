@@ -9,7 +9,7 @@ from lsdl.checkpoint import Checkpoints, check_weights, load_weights, save_weigh
 from lsdl.errors import BAD_INPUT, UserError
 from lsdl.experiment import build
 from lsdl.metrics import read_rows
-from lsdl.step import as_weights, variables_of
+from lsdl.step import as_weights, evaluated, variables_of
 from tests.curves import drawn_state
 
 MLP = ("model.hidden=(16, 16)", "model.dropout=0.0", "log.tensorboard=false")
@@ -124,6 +124,26 @@ def test_a_run_starts_from_the_parameters_of_another(load, train, finished, tmp_
     row = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert (row["split"], row["step"]) == ("train", 1)
     assert row["loss"] == pytest.approx(float(total / weight), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimiser", [("ema_decay=0.9",), ("name=schedule_free",)], ids=["ema", "free"]
+)
+def test_averages_start_from_the_parameters_of_the_other_run(load, finished, tmp_path, optimiser):
+    """Of the initial ones, which training never sees, nothing may stay in what is evaluated."""
+    own = (*(f"optim.{field}" for field in optimiser), f"init_from={finished}", "mesh=fsdp=8")
+    experiment = build(load("digits_mlp:smoke", *MLP, *own))
+    checkpoints = Checkpoints(tmp_path / "none")
+    start = loop._initial(experiment, checkpoints, 0)
+    checkpoints.close()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        jax.device_get(evaluated(start)["params"]),
+        jax.device_get(start.params),
+    )
+    shardings = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)  # noqa: E731
+    assert shardings(start.opt_state) == experiment.shardings.opt_state
+    jax.jit(lambda state: state, donate_argnums=0)(start)  # no buffer is there twice
 
 
 def test_running_statistics_are_weights_too(load, tmp_path):
