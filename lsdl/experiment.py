@@ -295,6 +295,7 @@ ALONE = {
     "partitioner": "jit",
     "accum": 1,
     "batch_ramp": (),
+    "log.measure": (),
     "init_from": "",
     "teacher": "",
     "loss.distill_weight": 0.0,
@@ -364,6 +365,23 @@ def _ramp_notes(config: ConfigDict, ramp: Ramp) -> list[str]:
     ]
 
 
+def _of_stacks(optim: ConfigDict) -> list[str]:
+    """What takes a stack of layers for one array."""
+    shared = {
+        "lars": "one trust ratio",
+        "lamb": "one trust ratio",
+        "adafactor": "one size and one clipping",
+    }
+    found = [
+        f"{name} has {shared[name]} for each stack"
+        for name in (optim.name, optim.switch.name)
+        if name in shared
+    ]
+    if optim.clip_norm and optim.clip_form == "block_rms":
+        found.append("clip_form=block_rms clips each stack as one")
+    return found
+
+
 def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str, ...]:
     notes = []
     schedule = config.optim.schedule
@@ -377,12 +395,12 @@ def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str
             f"BatchNorm with accum={config.accum} normalises over microbatches of "
             f"{config.batch_size // config.accum}: a different experiment from accum=1."
         )
-    stacked = "scan_layers" in config.model and config.model.scan_layers
-    if stacked and config.optim.name in ("lars", "lamb"):
-        notes.append(
-            f"With scan_layers the layers' parameters are stacked, and {config.optim.name} has one "
-            "trust ratio for each stack: a different experiment from scan_layers=false."
-        )
+    if "scan_layers" in config.model and config.model.scan_layers:
+        notes += [
+            f"With scan_layers the layers' parameters are stacked, and {what}: a different "
+            "experiment from scan_layers=false."
+            for what in _of_stacks(config.optim)
+        ]
     missed = [p for p in placements if p.missed]
     missed = [p for p in missed if p.path.startswith("params/")] or missed
     if missed:

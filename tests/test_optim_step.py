@@ -9,7 +9,7 @@ from lsdl import step as steps
 from lsdl.checkpoint import Checkpoints
 from lsdl.config import flatten, to_json
 from lsdl.errors import UserError
-from lsdl.experiment import build, stored_weights
+from lsdl.experiment import build, reopen, stored_weights
 from lsdl.metrics import means
 from lsdl.optim import chain
 from tests.curves import assert_equal_curves, curve
@@ -196,6 +196,42 @@ def test_averages_are_what_is_evaluated_and_stored(load, tmp_path, name, more):
     checkpoints.close()
     stored = stored_weights(experiment, tmp_path / "c")
     close(stored["params"], variables["params"])
+
+
+def test_a_run_that_measured_microbatches_is_opened_again(load):
+    measured = ("accum=2", "log.measure=('noise', 'angle')")
+    assert reopen(to_json(of(load, MLP, "adamw", *measured))).num_parameters
+
+
+@pytest.mark.parametrize("accum", [1, 2, 4])
+def test_the_average_moves_once_an_update(load, accum):
+    fields = ("mesh=data=1", "optim.ema_decay=0.7", f"accum={accum}")
+    experiment = build(of(load, MLP, "adamw", *fields), devices=jax.devices()[:1])
+    state = experiment.init()
+    average = jax.device_get(state.params)
+    for batch in experiment.train_loader().batches(0, 3):
+        state, _ = experiment.train_step(state, batch)
+        after = jax.device_get(state.params)
+        average = jax.tree.map(lambda a, w: 0.7 * a + 0.3 * w, average, after)
+    close(steps.evaluated(state)["params"], average, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("lars", (), "lars has one trust ratio for each stack"),
+        ("adafactor", (), "adafactor has one size and one clipping for each stack"),
+        ("adam", ("optim.clip_norm=1.0", "optim.clip_form=block_rms"), "clips each stack as one"),
+        ("adam", ("optim.clip_norm=1.0", "optim.clip_form=adaptive"), ""),
+        ("adam", ("optim.switch.name=lamb", "optim.switch.at_steps=3"), "lamb has one trust"),
+    ],
+)
+def test_a_run_says_where_a_stack_of_layers_is_one(load, name, more, words):
+    for scan in ("true", "false"):
+        config = of(load, VIT, name, *more, f"model.scan_layers={scan}")
+        found = [note for note in build(config, devices=1).notes if "scan_layers" in note]
+        assert len(found) == (scan == "true" and bool(words))
+        assert all(words in note for note in found)
 
 
 PLATEAU = (
