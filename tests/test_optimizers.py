@@ -371,6 +371,20 @@ def test_a_switch_goes_from_adam_to_sgd(at):
     assert float(wrappers.rate(state, 1.0)) == 0.5
 
 
+@pytest.mark.parametrize(("first", "second"), [("adam", "adamw"), ("adamw", "adam")])
+def test_of_a_switch_adamw_alone_decays(first, second):
+    given = dict(weight_decay=0.3, second_moment="norm")
+    seen, _ = run(make(first, switch=wrappers.Switch(second, 1.0, 2, None), **given), steps=3)
+    for name, (before, after) in {first: seen[:2], second: seen[2:]}.items():
+        decay = 0.3 if name == "adamw" else 0.0
+        t = 0 if name == first else 2
+        g = flat(tree(t + 1))
+        size = np.sqrt(sum(norm(x) ** 2 for x in g.values())) + 1e-3
+        for path, w in before.items():
+            step = g[path] / size + decay * w * decayed(path)
+            np.testing.assert_allclose(after[path], w - decaying(t) * step, rtol=1e-6)
+
+
 def test_sam_takes_the_gradient_uphill():
     curvature = jax.tree.map(lambda x: jnp.abs(x), tree(3))
     gradient = lambda w, i=0: jax.tree.map(jnp.multiply, curvature, w)  # noqa: E731

@@ -195,14 +195,14 @@ def _adam(f: Fields, schedule: optax.Schedule) -> list:
     """Eta m^ / (sqrt(v^ + eps_root) + eps) (Kingma and Ba 2015, whose eps_root is 0)."""
     if f.second_moment == "norm":
         scale = links.scale_by_gradient_norm(f.b1, f.b2, f.eps, f.eps_root)
-        decay = _decay(f) if f.name == "adamw" else []
-        return [scale, *decay, optax.scale_by_learning_rate(schedule)]
+        return [scale, optax.scale_by_learning_rate(schedule)]
     return [optax.adam(schedule, f.b1, f.b2, f.eps, f.eps_root)]
 
 
 def _adamw(f: Fields, schedule: optax.Schedule) -> list:
     if f.second_moment == "norm":
-        return _adam(f, schedule)
+        scale, by_rate = _adam(f, schedule)
+        return [scale, *_decay(f), by_rate]
     decay = dict(weight_decay=f.weight_decay, mask=mask(f.decay_mask))
     return [optax.adamw(schedule, f.b1, f.b2, f.eps, f.eps_root, **decay)]
 
