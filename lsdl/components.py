@@ -375,7 +375,7 @@ def _make_switch(
     config: ConfigDict, units: dict[str, int], detector: wrappers.Plateau | None
 ) -> wrappers.Switch | None:
     switch = config.optim.switch
-    at = duration_steps(switch, "at", **units)
+    at = duration_steps(switch, "at", **units, place=True)
     if not switch.name:
         if at or switch.rate_factor != 1:
             raise UserError(

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from lsdl.data.ramp import make_ramp
 from lsdl.errors import UserError
 from lsdl.experiment import build
 from lsdl.metrics import read_rows
+from lsdl.optim.wrappers import rate
 from lsdl.rundir import RunDir
 from tests.test_loader import Reader, in_memory, sharding, spec
 
@@ -265,6 +267,17 @@ def test_places_in_the_run_are_those_of_its_examples(made, load):
     fields = [field for field in FIELDS if "eval" not in field and "mesh" not in field]
     every = build(load("digits_mlp:smoke", *fields, "eval.every_epochs=1.0"))
     assert every.eval_every_steps == 7  # 1257 of 2400 examples in 13 steps
+
+
+def test_a_switch_comes_where_as_many_examples_are_taken(made):
+    name = ("optim.name=adam", "optim.weight_decay=0.0", "optim.switch.name=sgd")
+    tx = made(*name, "optim.switch.rate_factor=0.5", "optim.switch.at_percent=50.0").tx
+    params = {"kernel": jnp.ones(2)}
+    state, rates = tx.init(params), []
+    for _ in range(12):
+        _, state = tx.update(params, state, params, value=jnp.zeros(()))
+        rates.append(float(rate(state, 1.0)))
+    assert rates == [1.0] * 10 + [0.5] * 2
 
 
 @pytest.mark.parametrize(
