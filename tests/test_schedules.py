@@ -12,6 +12,7 @@ from lsdl.errors import UserError
 from lsdl.experiment import build
 from lsdl.optim import schedules
 from lsdl.optim.conditions import conditions
+from lsdl.optim.wrappers import Plateau
 
 SHAPE = schedules.Shape(
     end_factor=0.05,
@@ -328,7 +329,7 @@ def test_bad_fields_are_errors(load, given, words):
 
 # As the schedule's rule goes on: what the numbers choose is part of the case.
 FOR_EVER = [
-    *((name, {}) for name in schedules.NAMES if name != "exp_growth"),
+    *((name, {}) for name in schedules.NAMES if name not in ("exp_growth", "plateau")),
     ("cosine", dict(end_factor=0.0)),
     ("polynomial", dict(end_factor=0.0)),
     ("wsd", dict(end_factor=0.0)),
@@ -360,6 +361,20 @@ def test_conditions_are_those_of_the_partial_sums(name, given):
     assert found.sum_infinite == grows(early, late)
     assert found.squares_finite == (not grows(early**2, late**2))
     assert found.reason
+
+
+@pytest.mark.parametrize("end_factor", [0.0, 0.1])
+def test_a_plateau_is_followed_by_another(end_factor):
+    """A loss with a lower bound falls by the threshold finitely often."""
+    link = Plateau(0.5, 0.1, 1, 4).link()
+    state, scales = link.init({}), []
+    for t in range(200):
+        _, state = link.update({}, state, value=jnp.asarray(1 / (1 + t)))
+        scales.append(float(state.scale))
+    assert scales[-1] < 1e-10
+    found = conditions("plateau", dataclasses.replace(SHAPE, end_factor=end_factor))
+    assert (found.to_zero, found.sum_infinite, found.squares_finite) == (True, False, True)
+    assert "plateau" in found.reason
 
 
 def test_only_one_over_t_meets_all_three():

@@ -36,6 +36,9 @@ def conditions(name: str, shape: Shape) -> Conditions:
         return _stays("it stays at its peak")
     if name == "step":
         return _stays("after the last boundary it stays where it is")
+    if name == "plateau":
+        reason = "a loss that is bounded below has plateaus without end: a geometric series"
+        return Conditions(True, False, True, reason)
     if name == "exp_growth":
         if shape.growth < 1:
             return Conditions(False, True, False, "it grows without bound")
