@@ -210,7 +210,8 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         lambda tx, key: nn.unbox(
             steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)(key)
         ),
-        make_measure(accum=config.accum),
+        gauss_newton=gauss_newton,
+        measure=make_measure(accum=config.accum),
     )
     spec = task.spec(batch_size)
     loader = functools.partial(Loader, spec=spec, batch_size=batch_size, sharding=batch_sharding)

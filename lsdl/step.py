@@ -193,18 +193,19 @@ def make_run(
     grads: Callable,
     make_tx: Callable[[optax.Schedule], optax.GradientTransformationExtraArgs],
     make_state: Callable[[optax.GradientTransformation, jax.Array], TrainState],
-    measure: Callable | None = None,
+    **of_update: Callable | None,
 ) -> Callable[[jax.Array, jax.Array, Batch], tuple[TrainState, Metrics]]:
     """`run(key, rates_T, batches_T) -> (state, metrics_T)`: a whole training as one program.
 
     The very steps that a partitioner runs one by one, for one device. The learning rates are
     arguments, so that runs that differ in seed and schedule alone share a compilation.
+    `of_update`: what else `make_update` takes.
     """
 
     def run(key: jax.Array, rates_T: jax.Array, batches_T: Batch) -> tuple[TrainState, Metrics]:
         schedule = lambda step: rates_T[step]  # noqa: E731
         tx = make_tx(schedule)
-        update = make_update(tx, schedule, measure=measure)
+        update = make_update(tx, schedule, **of_update)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             return update(state, prepare(batch, state), grads)

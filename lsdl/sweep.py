@@ -2,7 +2,7 @@
 
 The steps are those of `lsdl.train`, scanned; left out is what the host does between them (logging,
 evaluations on the way, checkpoints). Runs that differ in seed and schedule alone share a program,
-those of one seed and batch their data.
+unless they wait for a plateau; those of one seed and batch their data.
 """
 
 import functools
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsdl.analysis.batch_statistics import recalibrated
+from lsdl.errors import UserError
 from lsdl.experiment import Experiment, opened
 from lsdl.loop import evaluate
+from lsdl.optim.wrappers import waits
 from lsdl.state import Batch, TrainState
 from lsdl.step import variables_of
 
-SHARED_BY_ALL = ("seed", "optim.schedule.")
+SCHEDULE = "optim.schedule."
 
 
 class Run(NamedTuple):
@@ -37,10 +39,20 @@ def train(path: str, overrides: Mapping[str, Any], *, whole_statistics: bool = F
     """Train the config file `path` with {field: value} overrides from the start to the end.
 
     `whole_statistics`: evaluate with BatchNorm's statistics of the whole training split.
+    Raises `UserError` for a batch ramp.
     """
     own = opened(path, overrides)
+    if len(own.phases) > 1:
+        raise UserError(
+            f"batch_ramp changes the batch size at step {own.phases[1].first_step + 1}, and a run "
+            "as one program has a single one: leave it (), or use lsdl.train."
+        )
     items = tuple(sorted(overrides.items()))
-    shared = tuple((k, v) for k, v in items if not k.startswith(SHARED_BY_ALL))
+    shared = {k: v for k, v in items if k != "seed"}
+    if not waits(own.abstract_state.opt_state):  # the schedule is in the rates alone
+        shared = {k: v for k, v in shared.items() if not k.startswith(SCHEDULE)}
+        shared[f"{SCHEDULE}name"] = "constant"
+    shared = tuple(sorted(shared.items()))
     experiment = _experiment(path, shared)
     data = tuple((k, v) for k, v in items if not k.startswith("optim."))
     batches_T = _batches(path, data)

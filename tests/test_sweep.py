@@ -7,6 +7,7 @@ import pytest
 
 from lsdl import sweep
 from lsdl.analysis.batch_statistics import recalibrated
+from lsdl.errors import UserError
 from lsdl.metrics import read_rows
 from lsdl.models.mlp import Mlp
 from tests.conftest import CONFIGS
@@ -38,6 +39,31 @@ def test_runs_that_differ_in_seed_and_schedule_share_a_program():
     other = sweep.train(PATH, SMALL | {"seed": 1, "optim.schedule.peak": 0.3})
     assert dict(sweep._programs) == programs
     assert other.metrics_T["learning_rate"][0] == pytest.approx(0.3)
+
+
+def test_a_plateau_slows_a_run_down():
+    plateau = {"name": "plateau", "plateau_patience_steps": 2, "plateau_threshold": 100.0}
+    fields = {f"optim.schedule.{name}": value for name, value in plateau.items()}
+    rates = sweep.train(PATH, SMALL | fields).metrics_T["learning_rate"]
+    np.testing.assert_allclose(rates[:6], 0.1 * 0.1 ** np.array([0, 0, 0, 1, 1, 2]), rtol=1e-5)
+    constant = fields | {"optim.schedule.plateau_patience_steps": 4}
+    rates = sweep.train(PATH, SMALL | constant).metrics_T["learning_rate"]
+    np.testing.assert_allclose(rates[[6, 7]], [0.1, 0.01], rtol=1e-5)
+
+
+def test_a_run_takes_gauss_newton_steps():
+    decay = {"optim.weight_decay": 0.0, "optim.name": "ggn_cg", "optim.damping": 1.0}
+    decay |= {"optim.cg_steps": 3, "total_steps": 2, "eval.every_steps": 2}
+    run = sweep.train(PATH, SMALL | decay)
+    assert np.isfinite(run.metrics_T["loss"]).all()
+    assert run.metrics_T["update_norm"].all()
+
+
+def test_a_ramp_is_refused():
+    fields = {name: value for name, value in SMALL.items() if name != "total_steps"}
+    ramp = {"total_epochs": 1.0, "batch_ramp": ((50.0, 2),)}
+    with pytest.raises(UserError, match="batch_ramp changes the batch size at step 8"):
+        sweep.train(PATH, fields | ramp)
 
 
 def test_whole_statistics_are_those_of_the_data_and_leave_no_trace_of_the_start():

@@ -164,6 +164,11 @@ def evaluated(opt_state: Any, params: Any) -> Any:
     return params if found is None else contrib.schedule_free_eval_params(found, params)
 
 
+def waits(opt_state: Any) -> bool:
+    """Whether a plateau of the loss would change the rate, or the optimiser."""
+    return bool(_nodes(opt_state, contrib.ReduceLROnPlateauState))
+
+
 def rate(opt_state: Any, scheduled: jax.Array) -> jax.Array:
     """The rate of the step that left `opt_state`: the schedule's, as plateaus changed it.
 
