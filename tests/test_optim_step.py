@@ -13,6 +13,7 @@ from lsdl.experiment import build, reopen, stored_weights
 from lsdl.metrics import means
 from lsdl.optim import chain
 from tests.curves import assert_equal_curves, curve
+from tests.tiny import FAST
 
 MLP = (
     *("digits_mlp:smoke", "model.hidden=(16,16)", "batch_size=64"),
@@ -80,6 +81,16 @@ def test_second_evaluations_see_the_global_batch(load, name, more, accum, partit
 def test_lbfgs_searches_by_hand_as_on_one_device(load):
     layout = ("mesh=data=8", "partitioner=shard_map", "accum=2")
     assert_layout_is_silent(load, MLP, "lbfgs", layout, "optim.linesearch_steps=3", rtol=1e-4)
+
+
+def test_trust_ratios_make_no_array_whole(load):
+    def gathers(name):
+        experiment = build(of(load, VIT, name, SPLIT))
+        given = experiment.abstract_state, experiment.abstract_batch
+        text = experiment.train_step.lower(*given).compile(compiler_options=FAST).as_text()
+        return text.count(" all-gather(")
+
+    assert gathers("lars") == gathers("sgd") > 0
 
 
 # --- second evaluations ---------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def scale_by_lars(
         total = g + weight * w
         if not trusts:
             return total
-        size, slope = jnp.linalg.norm(w.ravel()), jnp.linalg.norm(g.ravel())
+        size, slope = jnp.linalg.norm(w), jnp.linalg.norm(g)
         below = slope + weight * size
         none = (size == 0) | (below == 0)
         return total * jnp.where(none, 1.0, coefficient * size / jnp.where(none, 1.0, below))
