@@ -392,9 +392,10 @@ def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str
             f"({schedule.scaling}) from a batch of {schedule.base_batch} to {config.batch_size}."
         )
     if model_state.keys() - {steps.TEACHER} and (config.accum > 1 or config.batch_ramp):
+        what = f"accum={config.accum}" if config.accum > 1 else "a batch_ramp"
         notes.append(
-            f"BatchNorm with accum={config.accum} normalises over microbatches of "
-            f"{config.batch_size // config.accum}: a different experiment from accum=1."
+            f"BatchNorm with {what} normalises over microbatches of "
+            f"{config.batch_size // config.accum}: a different experiment from whole batches."
         )
     if "scan_layers" in config.model and config.model.scan_layers:
         notes += [

@@ -269,6 +269,12 @@ def test_places_in_the_run_are_those_of_its_examples(made, load):
     assert every.eval_every_steps == 7  # 1257 of 2400 examples in 13 steps
 
 
+def test_batch_norm_keeps_to_the_microbatch_and_says_so(load):
+    fields = ("model.width=4", "model.depths=(1,)", "batch_size=64", "total_epochs=2.0")
+    notes = build(load("digits_resnet:smoke", *fields, "batch_ramp=((50.0, 2),)"), devices=1).notes
+    assert any(note.startswith("BatchNorm with a batch_ramp normalises") for note in notes)
+
+
 def test_a_switch_comes_where_as_many_examples_are_taken(made):
     name = ("optim.name=adam", "optim.weight_decay=0.0", "optim.switch.name=sgd")
     tx = made(*name, "optim.switch.rate_factor=0.5", "optim.switch.at_percent=50.0").tx
