@@ -17,9 +17,8 @@ CHOICES = {  # of model fields
     "activation": tuple(ACTIVATIONS),
     "pool": tuple(vit.CLASS_TOKENS),
     "form": gpt.FORMS,
-    **resnet.WORDS,
 }
-OF_MLP = {"norm": mlp.NORMS}  # where its words are others
+OF_MODEL = {"mlp": {"norm": mlp.NORMS}, "resnet": resnet.WORDS}  # of fields that one model has
 POSITIVE = (
     *("width", "num_layers", "num_heads", "mlp_dim", "patch", "embed_dim", "max_length"),
     "group_width",
@@ -37,7 +36,7 @@ def check_ranges(model: ConfigDict) -> None:
     for name in ("hidden", "depths", "widths"):
         if name in model and any(not isinstance(n, int) or n < 1 for n in model[name]):
             raise UserError(f"model.{name}={model[name]} must hold numbers of at least 1.")
-    for name, choices in (CHOICES | (OF_MLP if model.name == "mlp" else {})).items():
+    for name, choices in (CHOICES | OF_MODEL.get(model.name, {})).items():
         if name in model and isinstance(model[name], str):
             choice(f"model.{name}", model[name], choices)
     for name in ("dropout", "drop_path"):

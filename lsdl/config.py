@@ -24,6 +24,8 @@ NOT_NEGATIVE = (
     "pipeline_microbatches",
     "loss.chunk",
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
+    *(f"optim.schedule.{name}_factor" for name in ("start", "end", "low")),
+    "optim.schedule.growth_decay",
     *("optim.eps", "optim.eps_root", "optim.damping", "optim.sam_rho"),
     *("optim.muon_rms", "optim.linesearch_steps", "optim.initial_accumulator"),
 )
@@ -189,6 +191,11 @@ def validate(config: ConfigDict) -> None:
     for field in NOT_NEGATIVE:
         if actual[field] < 0:
             raise UserError(f"{field}={actual[field]} must not be negative.")
+    if actual["optim.clip_form"] != "global_norm" and not actual["optim.clip_norm"]:
+        raise UserError(
+            f"optim.clip_form={actual['optim.clip_form']!r} clips nothing with clip_norm=0.0: "
+            "give its threshold there."
+        )
     if not 0 <= actual["seed"] < 2**32:
         raise UserError(f"seed={actual['seed']} must be within [0, 2^32).")
     if actual["batch_size"] % actual["accum"]:

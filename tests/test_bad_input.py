@@ -220,6 +220,14 @@ CASES = {
     # --eval-only: were they accepted, nothing would be trained.
     "infinite peak": (["--config.optim.schedule.peak=inf", "--eval-only"], ["peak=inf"]),
     "rate that is no number": (["--config.optim.weight_decay=nan", "--eval-only"], ["decay=nan"]),
+    "a form of clipping without a threshold": (
+        ["--config.optim.clip_form=adaptive"],
+        ["optim.clip_form='adaptive' clips nothing", "give its threshold"],
+    ),
+    "a negative start of the warm-up": (
+        ["--config.optim.schedule.start_factor=-1"],
+        ["start_factor=-1.0 must not be negative"],
+    ),
     "negative clipping": (["--config.optim.clip_norm=-1", "--eval-only"], ["clip_norm=-1"]),
     "negative keep": (["--config.checkpoint.keep_best=-1", "--eval-only"], ["keep_best=-1"]),
     "dropout of more than all": (["--config.model.dropout=7", "--eval-only"], ["dropout=7"]),
