@@ -221,7 +221,7 @@ CASES = {
     "infinite peak": (["--config.optim.schedule.peak=inf", "--eval-only"], ["peak=inf"]),
     "rate that is no number": (["--config.optim.weight_decay=nan", "--eval-only"], ["decay=nan"]),
     "a form of clipping without a threshold": (
-        ["--config.optim.clip_form=adaptive"],
+        ["--config.optim.clip_form=adaptive", "--config.optim.clip_norm=0"],
         ["optim.clip_form='adaptive' clips nothing", "give its threshold"],
     ),
     "a negative start of the warm-up": (
