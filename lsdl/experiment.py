@@ -4,7 +4,6 @@
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from lsdl import checks, components, evaluation, measures
+from lsdl import checks, components, evaluation, measures, notes
 from lsdl import step as steps
 from lsdl.checkpoint import Checkpoints, check_weights, holds, load_weights, with_shardings
 from lsdl.config import duration_steps, from_json, load
@@ -285,7 +284,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
         tensorboard=config.log.tensorboard,
-        notes=(*_ramp_notes(config, ramp), *_notes(config, boxed.model_state, placements)),
+        notes=notes.of_run(config, ramp, boxed.model_state, placements),
     )
 
 
@@ -353,61 +352,3 @@ def _num_parameters(placements: Sequence[placement.Placement], module: nn.Module
     sizes = [math.prod(p.shape) for p in placements if p.path.startswith("params/")]
     padding = tree.vocabulary_padding(placements, module)
     return sum(sizes) - sum(padding.values())
-
-
-def _ramp_notes(config: ConfigDict, ramp: Ramp) -> list[str]:
-    """One for each change of the batch size."""
-    return [
-        f"batch {before.batch_size:,} -> {after.batch_size:,} from step {after.first_step + 1:,} "
-        f"of {ramp.total_steps:,} on (accum {config.accum * before.factor} -> "
-        f"{config.accum * after.factor}), after {after.first_example:,} of "
-        f"{ramp.total_examples:,} examples."
-        for before, after in itertools.pairwise(ramp.phases)
-    ]
-
-
-def _of_stacks(optim: ConfigDict) -> list[str]:
-    """What takes a stack of layers for one array."""
-    shared = {
-        "lars": "one trust ratio",
-        "lamb": "one trust ratio",
-        "adafactor": "one size and one clipping",
-    }
-    found = [
-        f"{name} has {shared[name]} for each stack"
-        for name in (optim.name, optim.switch.name)
-        if name in shared
-    ]
-    if optim.clip_norm and optim.clip_form == "block_rms":
-        found.append("clip_form=block_rms clips each stack as one")
-    return found
-
-
-def _notes(config: ConfigDict, model_state: dict, placements: list) -> tuple[str, ...]:
-    notes = []
-    schedule = config.optim.schedule
-    if schedule.scaling != "none":
-        notes.append(
-            f"The peak rate is {components.scaled_peak(config):.6g}: {schedule.peak:g} scaled "
-            f"({schedule.scaling}) from a batch of {schedule.base_batch} to {config.batch_size}."
-        )
-    if model_state.keys() - {steps.TEACHER} and (config.accum > 1 or config.batch_ramp):
-        what = f"accum={config.accum}" if config.accum > 1 else "a batch_ramp"
-        notes.append(
-            f"BatchNorm with {what} normalises over microbatches of "
-            f"{config.batch_size // config.accum}: a different experiment from whole batches."
-        )
-    if "scan_layers" in config.model and config.model.scan_layers:
-        notes += [
-            f"With scan_layers the layers' parameters are stacked, and {what}: a different "
-            "experiment from scan_layers=false."
-            for what in _of_stacks(config.optim)
-        ]
-    missed = [p for p in placements if p.missed]
-    missed = [p for p in missed if p.path.startswith("params/")] or missed
-    if missed:
-        notes.append(
-            f"{len(missed)} small arrays are replicated where the rules would split them, "
-            f"the first: {missed[0].path} {missed[0].shape}, {missed[0].missed}."
-        )
-    return tuple(notes)

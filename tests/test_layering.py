@@ -50,7 +50,7 @@ LEVELS = [
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic"),
     ],
-    ["checks", "components", "evaluation", "experiment"],
+    ["checks", "components", "evaluation", "notes", "experiment"],
     ["loop", "checkup", "sweep", "runs", "dynamics", "reporting", "verdict"],
     [
         *("studies.claim", "studies.digits"),
@@ -84,7 +84,8 @@ DOORS = {
     | {"studies.adam_minimum", "studies.explr"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
-    "ml_collections": {"schema", "config", "checks", "components", "evaluation", "experiment"},
+    "ml_collections": {"schema", "config", "checks", "components", "evaluation"}
+    | {"notes", "experiment"},
     "matplotlib": {"plots"},
     "argparse": set(LEVELS[-1]),
 }
