@@ -18,7 +18,7 @@ help:
 	@echo "make train       install into $(VENV) and train $(CONFIG); again: go on, or say it is done"
 	@echo "make test        lint and the suite, without what is marked slow"
 	@echo "make test-slow   the slow tests; SHARD=k/n runs the k-th of n parts"
-	@echo "make test-high   make test once more, on the newest Python and jax found"
+	@echo "make test-high   make test once more, on the newest Python and jax found; SHARD=k/n likewise"
 	@echo "make parity      our models against Hugging Face's, in $(PARITY); GOLDEN=1 rewrites its golden files"
 	@echo "make format      let ruff format and mend"
 	@echo "make golden      rewrite the golden curves and shardings (say why in the commit)"
@@ -39,7 +39,7 @@ train: $(VENV)/installed
 	@$(BIN)/python -m lsdl.train --config $(CONFIG)
 
 test: lint
-	@$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	@$(BIN)/python -m pytest -n 2 -q -m "not slow" --shard $(SHARD)
 
 test-slow: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -n 2 -q -m slow --shard $(SHARD)

@@ -367,9 +367,10 @@ def test_conditions_are_those_of_the_partial_sums(name, given):
 def test_a_plateau_is_followed_by_another(end_factor):
     """A loss with a lower bound falls by the threshold finitely often."""
     link = Plateau(0.5, 0.1, 1, 4).link()
+    update = jax.jit(lambda state, value: link.update({}, state, value=value)[1])
     state, scales = link.init({}), []
     for t in range(200):
-        _, state = link.update({}, state, value=jnp.asarray(1 / (1 + t)))
+        state = update(state, jnp.asarray(1 / (1 + t)))
         scales.append(float(state.scale))
     assert scales[-1] < 1e-10
     found = conditions("plateau", dataclasses.replace(SHAPE, end_factor=end_factor))
