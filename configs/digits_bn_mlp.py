@@ -1,9 +1,9 @@
 """Deep BatchNorm MLP on 8x8 handwritten digits: the large-batch laboratory's net.
 
 Command: python -m lsdl.train --config configs/digits_bn_mlp.py
-Hardware and time: 2 CPU cores; not yet run
+Hardware and time: 2 CPU cores, 8 to 11 s
 Expected: valid accuracy 0.976 at a batch of 32 (a pilot of 4 seeds)
-Measured: not yet run
+Measured: valid 0.9914, test mean 0.9716 of 3 seeds (0.9630 to 0.9815), jax 0.10.2, commit 4ab6830
 """
 
 from lsdl.config import parse_arg, template
