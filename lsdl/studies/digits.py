@@ -13,30 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsdl.data.readers import TRAIN, generator, in_memory
-from lsdl.data.sources import open_reader
+from lsdl.analysis import descent
+from lsdl.data.readers import TRAIN, generator
 from lsdl.models.mlp import Mlp
-
-EPSILON = 1e-3  # three pixels are the same in every image
 
 
 class Split(NamedTuple):
-    x_ND: jax.Array  # pixels / 16, each standardised by the train split's mean and deviation
+    x_ND: jax.Array  # each pixel standardised by the train split's mean and deviation
     label_N: jax.Array
 
 
 @functools.cache
 def load() -> tuple[Split, Split]:
     """(train, valid): 1,257 and 270 images."""
-    arrays = {}
-    for split in ("train", "valid"):
-        found = in_memory(open_reader("digits", split), ("image", "label")).arrays
-        arrays[split] = found["image"].reshape(-1, 64) / np.float32(16), found["label"]
-    x_ND = arrays["train"][0]
-    mean_D, std_D = x_ND.mean(0, keepdims=True), x_ND.std(0, keepdims=True) + np.float32(EPSILON)
     return tuple(
-        Split(jnp.array((x_ND - mean_D) / std_D), jnp.array(label_N, jnp.int32))
-        for x_ND, label_N in (arrays[split] for split in ("train", "valid"))
+        Split(jnp.array(x_ND, jnp.float32), jnp.array(label_N, jnp.int32))
+        for x_ND, label_N in map(descent.digits, ("train", "valid"))
     )
 
 
