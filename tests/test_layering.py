@@ -48,7 +48,7 @@ LEVELS = [
         "planner.collectives",
         "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
-        *("analysis.descent", "analysis.quadratic", "analysis.logistic"),
+        *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
     ],
     ["checks", "components", "evaluation", "notes", "experiment"],
     ["loop", "checkup", "sweep", "runs", "dynamics", "reporting", "verdict"],
