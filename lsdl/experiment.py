@@ -75,6 +75,9 @@ class Experiment:
     evaluators: tuple[Callable, ...]  # (state, eval_loader, split) -> metrics
     check_data: Callable[[], None]  # UserError unless all splits and weights can be read
     batch_size: int
+    accum: int  # microbatches of a step
+    remat: str  # what the model's blocks keep for their backward pass
+    microbatches: int  # of a pipeline
     total_steps: int
     eval_every_steps: int
     checkpoint_every_steps: int
@@ -277,6 +280,9 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
             [data, transfer], init_from, config.init_fresh, teacher_weights, abstract_state
         ),
         batch_size=batch_size,
+        accum=config.accum,
+        remat=config.remat,
+        microbatches=config.pipeline_microbatches or mesh.shape["stage"],
         total_steps=total_steps,
         eval_every_steps=duration_steps(config.eval, "every", **units),
         checkpoint_every_steps=duration_steps(config.checkpoint, "every", **units),

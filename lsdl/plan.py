@@ -88,9 +88,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     print(tree.table(model, depth=depth))
     print(totals.summary(numbers))
     if arguments.collectives:
-        split = dict(accum=config.accum, remat=config.remat)
-        split |= dict(microbatches=config.pipeline_microbatches)
-        numbers["collectives"] = collectives.of_experiment(experiment, **split)
+        numbers["collectives"] = collectives.of_experiment(experiment)
         print(collectives.table(numbers["collectives"]))
     if arguments.shardings:
         print(inspect.table(experiment.placements, experiment.mesh), *experiment.lint, sep="\n")

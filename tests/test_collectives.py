@@ -399,7 +399,7 @@ def test_a_layout_sends_little_more_than_it_must(load, name, n):
     # Of tensor parallelism what counts is activations: the softmax of the split logits, sums over
     # D numbers for each token, and the norms' scalars are left out.
     least = collectives.activation_bytes(built) if axis == "tensor" else 0
-    *found, total = collectives.of_experiment(built, accum=1, remat="none", least_bytes=least)
+    *found, total = collectives.of_experiment(built, least_bytes=least)
     assert {row["axis"] for row in found if row["count"]} == {axis}
     assert 1 <= total["ratio"] <= most, collectives.table([*found, total])
 
@@ -410,8 +410,7 @@ def test_a_pipeline_sends_an_activation_a_tick_each_way(load, partitioner, n, mi
     own = ("rules=pp", f"partitioner={partitioner}", f"pipeline_microbatches={microbatches}")
     config = load(*GPT, f"mesh=stage={n}", *own, "model.scan_layers=true")
     built = experiment.build(config, devices=jax.devices()[:n])
-    split = dict(accum=1, remat="none", microbatches=microbatches)
-    *found, _ = collectives.of_experiment(built, **split)
+    *found, _ = collectives.of_experiment(built)
     (permutes,) = (row for row in found if row["kind"] == "collective-permute")
     assert (permutes["axis"], permutes["ratio"]) == ("stage", 1.0)
     assert permutes["count"] == 2 * (microbatches + n - 1)
@@ -426,7 +425,7 @@ def test_tokens_travel_to_their_experts_and_back_in_each_layer(load):
     """And so do their gradients; nothing of a batch is gathered."""
     config = load("stdlib_gpt:experts,smoke", *GPT[1:], "mesh=data=2,expert=4")
     built = experiment.build(config, devices=jax.devices())
-    *found, _ = collectives.of_experiment(built, accum=1, remat="none")
+    *found, _ = collectives.of_experiment(built)
     (travels,) = (row for row in found if row["kind"] == "all-to-all")
     assert (travels["axis"], travels["ratio"]) == ("expert", 1.0), collectives.table(found)
     assert travels["count"] == 4 * config.model.num_layers
@@ -437,7 +436,7 @@ def test_dp_by_shard_map_is_one_all_reduce_of_the_parameters(load):
     for accum in (1, 2):
         config = load(*GPT, "mesh=data=4", "partitioner=shard_map", f"accum={accum}")
         built = experiment.build(config, devices=jax.devices()[:4])
-        found, _ = collectives.of_experiment(built, accum=accum, remat="none")
+        found, _ = collectives.of_experiment(built)
         parameters = sum(leaf.nbytes for leaf in built.placements if "params/" in leaf.path)
         assert found["count"] == 1
         assert found["lower_bound_bytes"] == 2 * 3 / 4 * parameters

@@ -205,14 +205,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def lower_bounds(experiment, *, accum: int, remat: str, microbatches: int = 0) -> Bounds:
+def lower_bounds(experiment) -> Bounds:
     """What the layout of an `Experiment` needs.
 
     For its parameters and, in transformers over tokens, for tensor, sequence, expert and pipeline
-    parallelism, with so many `microbatches` (0: one for each stage). Nothing is said about others.
+    parallelism. Nothing is said about others.
     """
-    sizes, placements, full = experiment.mesh.shape, experiment.placements, remat == "full"
-    bounds = parameters(placements, sizes, accum=accum, remat=full)
+    sizes, placements = experiment.mesh.shape, experiment.placements
+    full = experiment.remat == "full"
+    bounds = parameters(placements, sizes, accum=experiment.accum, remat=full)
     if experiment.task.unit != "tokens":
         return bounds
     module, nbytes = experiment.module, activation_bytes(experiment)
@@ -227,7 +228,7 @@ def lower_bounds(experiment, *, accum: int, remat: str, microbatches: int = 0) -
         own = math.lcm(kv_heads, tensor) / tensor / module.num_heads  # the rest are repeats
         bounds += ring_attention(2 * own * nbytes, sequence, **stack)
     if (stages := sizes.get("stage", 1)) > 1:
-        pieces = microbatches or stages
+        pieces = experiment.microbatches
         bounds += pipeline(nbytes / pieces, microbatches=pieces, stages=stages)
     if (number := getattr(module, "num_experts", 0)) and sizes.get("expert", 1) > 1:
         length = experiment.task.units_per_example
@@ -244,17 +245,14 @@ def activation_bytes(experiment) -> int:
     return tokens * experiment.module.width * jnp.dtype(experiment.module.dtype).itemsize
 
 
-def of_experiment(experiment, *, least_bytes: int = 0, **split) -> list[dict[str, Any]]:
-    """The bill of an `Experiment`'s train step, compiled for its mesh of real devices.
-
-    `split`: what `lower_bounds` is told of the layout.
-    """
+def of_experiment(experiment, *, least_bytes: int = 0) -> list[dict[str, Any]]:
+    """The bill of an `Experiment`'s train step, compiled for its mesh of real devices."""
     step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
     on_cpu = experiment.mesh.devices.flat[0].platform == "cpu"
     return bill(
         step.compile(QUICK if on_cpu else None).as_text(),
         experiment.mesh.shape,
-        bounds=lower_bounds(experiment, **split),
+        bounds=lower_bounds(experiment),
         least_bytes=least_bytes,
     )
 
