@@ -45,7 +45,7 @@ LEVELS = [
     ["step"],
     [
         *("planner.count", "planner.tree", "planner.totals", "planner.timetable", "planner.hlo"),
-        *("planner.collectives", "planner.goodput"),
+        *("planner.collectives", "planner.devices", "planner.hardware", "planner.goodput"),
         "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
