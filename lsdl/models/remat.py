@@ -1,20 +1,209 @@
-"""Rematerialisation: what a block keeps for its backward pass. Changes memory, never numbers."""
+"""Rematerialisation: what layers keep for their backward pass. Changes memory, never numbers.
+
+none              everything is kept, nothing computed again
+full              each layer's input is kept, and the layer computed again
+dots              ... and the results of its matrix products are kept too
+dots_no_batch     ... of those without a batch dim alone: products with weights, not of attention
+names:a,b         ... and the activations of these names (`NAMES`) are kept too
+offload:a,b       ... and these are kept in the host's memory (an accelerator's; on CPU they are
+                  computed again, as in full)
+every:k           each k-th layer's input is kept, and k layers are computed again, then kept
+sqrt              about sqrt(n) inputs are kept; from each as many again, each layer as in full
+binomial          and so on: O(log n) inputs are kept, each layer is computed O(log n) times
+poor              nothing but the first input is kept: n (n + 1) / 2 layers are computed; n bodies
+                  that hold n bodies are compiled, so this is for teaching
+
+What is checkpointed are ranges of layers, one in the other; `_cut` says which. The layers are
+those of a scan (`scan`), or modules one after another (`chain`).
+Sources: Chen et al. 2016, sections 4.1 to 4.4; binomial has the order of treeverse (Griewank 1992)
+and not its optimal schedule, whose segments are of all lengths and so no loops.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-POLICIES = ("none", "full", "dots")
+from lsdl.errors import UserError, nearest
+
+# "auto" stands for one of the others, which is chosen before a model is made.
+POLICIES = (
+    *("none", "full", "dots", "dots_no_batch", "names:a,b", "offload:a,b"),
+    *("sqrt", "every:k", "poor", "binomial", "auto"),
+)
+# The activations that blocks name, for names: and offload:.
+NAMES = {
+    "query": "attention's queries, after the rotary embedding",
+    "key": "attention's keys, after the rotary embedding",
+    "value": "attention's values",
+    "attn_out": "attention's weighted sum of the values, before the output projection",
+    "mlp_gate": "the gate of a gated MLP, before the activation",
+    "mlp_up": "the MLP's wide product, before the activation",
+    "mlp_hidden": "what the MLP's last product sees",
+    "conv": "a convolution's result, before its norm and activation",
+    "dense": "a hidden dense layer's result, before its norm and activation",
+}
+
+_seen: contextvars.ContextVar = contextvars.ContextVar("seen", default=None)
+
+
+def check(policy: str) -> str:
+    """`policy`, if it is one. Raises `UserError`."""
+    word, _, rest = policy.partition(":")
+    forms = dict(form.split(":") if ":" in form else (form, "") for form in POLICIES)
+    if word not in forms:
+        raise UserError(f"remat={policy!r} is unknown; {nearest(policy, POLICIES)}")
+    if bool(rest) != bool(forms[word]) or (":" in policy) != bool(forms[word]):
+        form = f"{word}:{forms[word]}" if forms[word] else word
+        raise UserError(f"remat={policy!r} must be written {form}.")
+    if word == "every" and not (rest.isdecimal() and int(rest)):
+        raise UserError(f"remat={policy!r} must have a number of layers, as every:4.")
+    if forms[word] == "a,b" and not all(rest.split(",")):
+        raise UserError(f"remat={policy!r} must list names with commas, as {word}:attn_out,mlp_up.")
+    return policy
+
+
+def name(x: jax.Array, label: str) -> jax.Array:
+    """`x`, which names: and offload: know as `label`."""
+    if (seen := _seen.get()) is not None:
+        seen.add(label)
+    return checkpoint_name(x, label)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[set[str]]:
+    """The labels of all that is named while a model is traced."""
+    token = _seen.set(set())
+    try:
+        yield _seen.get()
+    finally:
+        _seen.reset(token)
+
+
+def names_of(policy: str) -> tuple[str, ...]:
+    """The names that `policy` lists."""
+    word, _, rest = policy.partition(":")
+    return tuple(rest.split(",")) if word in ("names", "offload") else ()
+
+
+def check_names(policy: str, there: set[str]) -> None:
+    """Raises `UserError` for a name that the model, which has those that are `there`, has not."""
+    for label in names_of(policy):
+        if label not in there:
+            raise UserError(
+                f"remat={policy!r} names the activation {label!r}, and the model's are "
+                f"{', '.join(sorted(there)) or 'none'}."
+            )
+
+
+class Cut(NamedTuple):
+    """How n layers are cut: equal segments, each checkpointed, and a tail, which is not.
+
+    The tail needs no checkpoint: the backward pass comes to it at once.
+    """
+
+    segment: int  # layers; 0: no checkpoint
+    inside: str  # the policy of a segment's layers and of the tail's
+    tail: int = 0  # layers
+    keep: Callable | None = None  # what is kept of a segment, a policy of `jax.checkpoint`
+
+
+def cut(policy: str, n: int) -> Cut:
+    """How `policy` cuts `n` layers."""
+    word, _, rest = policy.partition(":")
+    if word == "none" or n == 0:
+        return Cut(0, "none")
+    if word == "every":
+        segment = min(int(rest), n)
+        return Cut(segment, "none", n % segment)
+    if word == "sqrt":
+        # The fewest inputs, outside and inside; where that is equal, no tail.
+        segment = min(range(1, n + 1), key=lambda k: (n // k + k, n % k))
+        return Cut(segment, "full" if segment > 1 else "none", n % segment)
+    if word == "binomial":
+        return _binomial(n)
+    if word == "poor":
+        return Cut(n - 1, "poor", 1)
+    return Cut(1, "none", keep=_keep(policy))
+
+
+def _binomial(n: int) -> Cut:
+    """Up to 4 segments, each cut likewise: 4 inputs a level, of which there are log4(n)."""
+    if n <= 4:
+        return Cut(1 if n > 1 else 0, "none", 1 if n > 1 else 0)
+    number = next((g for g in (4, 3) if n % g == 0), 4)
+    segment = -(-n // number)
+    return Cut(segment, "binomial", n % segment)
+
+
+def _keep(policy: str) -> Callable | None:
+    kept, names = jax.checkpoint_policies, names_of(policy)
+    if policy.startswith("names:"):
+        return kept.save_only_these_names(*names)
+    if policy.startswith("offload:"):
+        return kept.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(names),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return {
+        "full": None,
+        "dots": kept.dots_saveable,
+        "dots_no_batch": kept.dots_with_no_batch_dims_saveable,
+    }[policy]
+
+
+def scan(body: Callable, carry: Any, xs: Any, *, policy: str = "none") -> tuple[Any, Any]:
+    """`jax.lax.scan(body, carry, xs)`, whose backward pass computes again what `policy` says."""
+    (n,) = {len(x) for x in jax.tree.leaves(xs)}
+    segment, inside, tail, keep = cut(policy, n)
+    if not segment:
+        return lax.scan(body, carry, xs, unroll=n == 1)
+    whole = n - tail
+    alone, single = segment == whole, segment == 1
+
+    def run(carry, xs):
+        return body(carry, xs) if single else scan(body, carry, xs, policy=inside)
+
+    def segments(x):
+        x = x[:whole] if tail else x
+        return x if single else x.reshape(-1, segment, *x.shape[1:])
+
+    # A loop keeps XLA from merging what is computed again with what was computed before.
+    again = jax.checkpoint(run, policy=keep, prevent_cse=alone)
+    carry, ys = lax.scan(again, carry, jax.tree.map(segments, xs), unroll=alone)
+    ys = ys if single else jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+    if not tail:
+        return carry, ys
+    carry, more = scan(body, carry, jax.tree.map(lambda x: x[whole:], xs), policy=inside)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), ys, more)
+
+
+def evaluations(policy: str, n: int) -> int:
+    """How often a layer is computed in a step with n layers, the forward pass included.
+
+    Of scanned layers. Of those one after another XLA drops what nobody asks for: the last layer of
+    a segment, where it is the segment's result alone that is computed again.
+    """
+    segment, inside, tail, _ = cut(policy, n)
+    if not segment:
+        return n
+    whole = n - tail
+    return whole + whole // segment * evaluations(inside, segment) + evaluations(inside, tail)
+
+
+WRAPPED = ("none", "full", "dots")  # what models take today
 
 
 def wrap(block: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
-    """`block`, recomputing in its backward pass all that `policy` does not save.
-
-    none: save everything. full: save the block's inputs alone. dots: save the results of matrix
-    products too (`jax.checkpoint_policies.dots_saveable`). Inside a scan the loop already keeps
-    XLA from merging the recomputation with the forward pass (`prevent_cse`).
-    Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
-    """
+    """`block`, computing again in its backward pass what `policy` does not keep."""
     if policy == "none":
         return block
-    saved = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}[policy]
-    return nn.remat(block, policy=saved, prevent_cse=not scanned)
+    return nn.remat(block, policy=_keep(policy), prevent_cse=not scanned)
