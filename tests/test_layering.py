@@ -58,6 +58,7 @@ LEVELS = [
         *("studies.lars_norms", "studies.large_batch", "studies.batch_ramp"),
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
+        *("studies.backprop_variants", "studies.vectorisation"),
     ],
     ["laboratory"],
     ["train", "plan", "convert", "generate", "doctor", "study", "report"],
