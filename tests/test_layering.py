@@ -49,6 +49,7 @@ LEVELS = [
         "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
+        *("analysis.chain", "analysis.clock"),
     ],
     ["checks", "components", "evaluation", "notes", "experiment"],
     ["loop", "checkup", "sweep", "runs", "dynamics", "reporting", "verdict"],

@@ -181,6 +181,24 @@ def alive(run: Pass) -> np.ndarray:
     return state_NT
 
 
+def picture(run: Pass, name: str):
+    """Nodes against events, a `plots.Figure`: what is stored, and what is being done."""
+    from lsdl import plots  # matplotlib takes a second, and only a figure needs it
+
+    state_NT = alive(run)
+    nodes, events = state_NT.shape
+    return plots.heatmap(
+        state_NT[::-1],
+        title=f"{name}: {run.evaluations} evaluations, {run.peak} stored",
+        x="event",
+        y="node",
+        columns=range(1, events + 1),
+        rows=range(nodes, 0, -1),
+        z="0 absent, 1 stored, 2 evaluated, 3 used",
+        numbers=False,
+    )
+
+
 def numbers(n: int) -> Chain:
     """A chain of n nodes whose f_i is i, and whose way back minds that it gets that one."""
 

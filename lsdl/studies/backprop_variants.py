@@ -1,9 +1,22 @@
 """Memory against recomputation in backpropagation: counted in a pass, and in compiled programs.
 
+The programs are those of the chain of `lsdl.analysis.chain`; their unit is one activation of it.
+
 Shape letters: N nodes, B batch, D width.
 """
 
-from lsdl.studies.claim import Expected
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lsdl import plots
+from lsdl.analysis import backprop, chain, clock
+from lsdl.studies.claim import Cell, Claim, Expected, judged
 
 CLAIM = (
     "Vanilla backpropagation evaluates n nodes and stores n, a memory-poor one n^2 / 2 and 1, and "
@@ -60,12 +73,12 @@ EXPECTED = {
     "bytes_sqrt": Expected(f"{_TEMPORARY}from 2 sqrt(L) + 4{_LENGTHS}", _CHEN, high=0.05),
     "bytes_every": Expected(
         f"{_TEMPORARY}from the (1 + r) sqrt(L) + 4 of sqrt(L) segments that keep all when they are "
-        f"made again,{_LENGTHS}",
+        f"made again, largest relative distance, L = 16, 64, 256",
         _PROGRAM,
         high=0.1,
     ),
     "bytes_poor": Expected(
-        "compiled temporary bytes, in activations, of the memory-poor form, the most of L = 16, 64",
+        "compiled temporary bytes, in activations, of the memory-poor form, L = 16",
         _SLIDE,
         high=8,
     ),
@@ -75,22 +88,35 @@ EXPECTED = {
         high=0.999,
     ),
     "spacing": Expected(
-        "compiled temporary bytes of segments of k layers over L / k + r k + 4 activations, L = 64, "
-        "largest relative distance, every k that divides L",
+        "compiled temporary bytes of segments of k layers, from L / k + r k + 4 activations, "
+        "largest relative distance, L = 64, every k that divides it",
         "counted: L / k checkpoints, and r arrays for each layer of one segment",
         high=0.1,
     ),
-    "again_full": Expected(
-        "products made again, over L: each layer's checkpointed, L = 16, 64, 256", _CHEN, 1, 1
+    "evaluations_full": Expected(
+        "evaluations of a layer, counted in the program: each layer checkpointed, L = 16, 64, 256",
+        _CHEN,
+        2,
+        2,
     ),
-    "again_every": Expected(
-        "products made again, over L: sqrt(L) segments, L = 16, 64, 256", _CHEN, 1, 1
+    "evaluations_every": Expected(
+        "evaluations of a layer, counted in the program: sqrt(L) segments, L = 16, 64, 256",
+        _CHEN,
+        2,
+        2,
     ),
-    "again_sqrt": Expected(
-        "products made again, over L: sqrt(L) segments of which each layer is checkpointed too",
+    "evaluations_sqrt": Expected(
+        "evaluations of a layer, counted in the program: sqrt(L) segments of which each layer is "
+        "checkpointed too, L = 16, 64, 256",
         "a scan keeps input and slope or the input alone: the third evaluation is for the slope",
-        low=2,
-        high=2,
+        low=3,
+        high=3,
+    ),
+    "evaluations_poor": Expected(
+        "evaluations of a layer, counted in the program: memory-poor, L = 16, (L + 1) / 2",
+        _SLIDE,
+        low=8.5,
+        high=8.5,
     ),
     "policies": Expected(
         "largest relative distance of gradients with a policy from those with none, L = 16",
@@ -104,3 +130,236 @@ EXPECTED = {
         high=1.6,
     ),
 }
+
+SIZES = (16, 36, 64, 100, 144)
+LENGTHS = (16, 64, 256)
+POOR = 16  # layers: longer ones take long to compile
+TIMED = dict(batch=512, width=128)
+ROUNDS = 7
+SPACED = 64  # layers, of which every segment length is compiled
+PASSES = {
+    "vanilla": backprop.vanilla,
+    "memory_poor": backprop.memory_poor,
+    "checkpointed": backprop.checkpointed,
+    "kept_last": functools.partial(backprop.checkpointed, keep_last=True),
+    "shrinking": lambda chain, f_0: backprop.checkpointed(
+        chain, f_0, ends=backprop.shrinking(chain.length)
+    ),
+    "binomial": backprop.binomial,
+}
+
+
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """Counted passes, compiled programs, timed pairs; at full scale what the papers report."""
+    if scale == "full":
+        return _full()
+    return [
+        *(Cell(f"count-{n}", {"nodes": n}) for n in (*SIZES, 1000)),
+        *(Cell(f"compiled-{n}", {"length": n}) for n in LENGTHS),
+        Cell("spacing", {"spaced": SPACED}),
+        *(Cell(f"time-s{seed}", {"timed": 64, "seed": seed}) for seed in range(seeds)),
+    ]
+
+
+def _full() -> list[Cell]:
+    deep = {"model.depths": (66, 84, 133, 50), "batch_size": 32, "total_steps": 100}
+    resnet = "configs/imagenet_resnet50.py:128"
+    chen = {"none": "48 GB", "full": "7 GB, 30% slower"}
+    gpt = {"none": "the time of one", "full": "39% slower at 22 B (Korthikanti et al. 2022)"}
+    return [
+        *(
+            Cell(f"resnet1001-{policy}", {}, resnet, deep | {"remat": policy}, f"{told} (Chen)")
+            for policy, told in chen.items()
+        ),
+        *(
+            Cell(f"gpt2-{policy}", {}, "configs/lm_gpt2.py:1.5b", {"remat": policy}, told)
+            for policy, told in gpt.items()
+        ),
+    ]
+
+
+def measure(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Counts of each pass, or bytes and products of each policy's program, or seconds."""
+    settings = dict(cell.settings)
+    if "nodes" in settings:
+        return _counted(settings["nodes"])
+    if "length" in settings:
+        return _compiled(settings["length"])
+    if "spaced" in settings:
+        length = settings["spaced"]
+        every = [k for k in range(1, length + 1) if length % k == 0]
+        return {
+            "every": every,
+            "activations": [chain.program(length, f"every:{k}").activations for k in every],
+        }
+    return _timed(settings["timed"], settings["seed"])
+
+
+def _counted(n: int) -> dict[str, Any]:
+    """[evaluations, stored] of each pass over n nodes; up to 144 nodes with tanh's gradients."""
+    if n > max(SIZES):
+        runs = {name: run(backprop.numbers(n), 0) for name, run in PASSES.items()}
+        return {name: [run.evaluations, run.peak] for name, run in runs.items()}
+    with jax.enable_x64(True):
+        weight_NDD, x_BD = map(np.asarray, chain.arrays(n, batch=16, width=8, seed=n))
+        expected_NDD = np.asarray(jax.jit(chain.gradient())(weight_NDD, x_BD))
+    runs = {name: run(backprop.tanh(weight_NDD), x_BD) for name, run in PASSES.items()}
+    found = {name: [run.evaluations, run.peak] for name, run in runs.items()}
+    apart = [_distance(np.stack(run.b[1][::-1]), expected_NDD) for run in runs.values()]
+    return found | {"distance": max(apart)}
+
+
+def _distance(found: Any, expected: Any) -> float:
+    """The largest, over the largest entry."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def _compiled(length: int) -> dict[str, Any]:
+    """{policy: [activations, evaluations of a layer]}, and what a layer keeps without a policy."""
+    policies = ["none", "full", "sqrt", f"every:{math.isqrt(length)}", "binomial"]
+    policies += ["poor"] * (length <= POOR)
+    row = {policy.partition(":")[0]: chain.program(length, policy) for policy in policies}
+    if length == min(LENGTHS):
+        row["distance"] = _policies_apart(length, policies)
+    return row | {"kept": chain.kept(length)}
+
+
+def _policies_apart(length: int, policies: Sequence[str]) -> float:
+    """The largest distance of a policy's gradients from those without one."""
+    arrays = chain.arrays(length, batch=64)
+    found = {p: np.asarray(jax.jit(chain.gradient(p))(*arrays)) for p in policies}
+    return max(_distance(gradient, found["none"]) for gradient in found.values())
+
+
+def _timed(length: int, seed: int) -> dict[str, Any]:
+    """{policy: the median over rounds of its time over that of none}, and all seconds."""
+    arrays = chain.arrays(length, **TIMED, seed=seed)
+    policies = ["none", f"every:{math.isqrt(length)}", "sqrt", "full"]
+    programs = {p.partition(":")[0]: jax.jit(chain.gradient(p)) for p in policies}
+    calls = {name: functools.partial(program, *arrays) for name, program in programs.items()}
+    seconds = clock.in_turn(calls, rounds=ROUNDS)
+    ratios = {name: np.divide(times, seconds["none"]) for name, times in seconds.items()}
+    return {name: float(np.median(values)) for name, values in ratios.items()} | {"all_s": seconds}
+
+
+def claims(table: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """Counts against their laws, and bytes and products against theirs."""
+    counted = {row["nodes"]: row for row in table if "nodes" in row}
+    compiled = [row for row in table if "length" in row]
+    (spaced,) = (row for row in table if "spaced" in row)
+    root = {n: math.isqrt(n) for n in SIZES}
+    laws = {
+        "vanilla": lambda n: (n, n),
+        "memory_poor": lambda n: (n * (n + 1) // 2, 1),
+        "checkpointed": lambda n: (2 * n - root[n], 2 * root[n] - 1),
+    }
+    values = {
+        name: max(np.abs(np.subtract(counted[n][name], law(n))).max() for n in SIZES)
+        for name, law in laws.items()
+    }
+    thousand = counted[1000]
+    values |= {"kept_last": counted[64]["kept_last"][0]}
+    for claim, name in (("thousand", "checkpointed"), ("shrinking",) * 2, ("binomial",) * 2):
+        values[f"{claim}_evaluations"], values[f"{claim}_stored"] = thousand[name]
+    values["gradients"] = max(counted[n]["distance"] for n in SIZES)
+    values["policies"] = max(row["distance"] for row in compiled if "distance" in row)
+    values["time"] = [row["every"] for row in table if "timed" in row]
+
+    bytes_laws = {
+        "none": lambda row: row["kept"] * row["length"] + 3,
+        "full": lambda row: row["length"] + 3,
+        "sqrt": lambda row: 2 * math.isqrt(row["length"]) + 4,
+        "every": lambda row: chain.segments(math.isqrt(row["length"]), row["length"], row["kept"]),
+    }
+    for name, law in bytes_laws.items():
+        values[f"bytes_{name}"] = max(abs(row[name][0] / law(row) - 1) for row in compiled)
+    values["bytes_poor"], values["evaluations_poor"] = next(
+        r["poor"] for r in compiled if "poor" in r
+    )
+    values["bytes_binomial"] = max(
+        row["binomial"][0] / row["sqrt"][0] for row in compiled if row["length"] >= 64
+    )
+    kept = compiled[0]["kept"]
+    values["spacing"] = max(
+        abs(found / chain.segments(k, spaced["spaced"], kept) - 1)
+        for k, found in zip(spaced["every"], spaced["activations"], strict=True)
+    )
+    for name in ("full", "every", "sqrt"):
+        values[f"evaluations_{name}"] = [row[name][1] for row in compiled]
+    return judged(EXPECTED, values)
+
+
+def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
+    """Memory against recomputation, compiled bytes against length and spacing, and the passes."""
+    return {
+        "trade": _trade(64),
+        "passes": _pictures(16),
+        "compiled": _bytes_figure([row for row in table if "length" in row]),
+        "spacing": _spacing_figure(table),
+    }
+
+
+def _trade(n: int) -> plots.Figure:
+    """Every number of even segments, and the binomial passes with every number of slots."""
+    nodes = backprop.numbers(n)
+
+    def series(runs):
+        return [run.evaluations / n for run in runs], [run.peak for run in runs]
+
+    even = [backprop.checkpointed(nodes, 0, ends=backprop.even(n, k)) for k in range(1, n + 1)]
+    slots = [backprop.binomial(nodes, 0, slots=k) for k in range(2, n + 1)]
+    return plots.scatter(
+        {
+            "even segments": series(even),
+            "shrinking segments": series([PASSES["shrinking"](nodes, 0)]),
+            "sqrt(n) segments": series([backprop.checkpointed(nodes, 0)]),
+            "vanilla": series([backprop.vanilla(nodes, 0)]),
+            "memory-poor": series([backprop.memory_poor(nodes, 0)]),
+            "binomial": series(slots),
+        },
+        title=f"Reverse passes over {n} nodes",
+        x="evaluations of a node",
+        y="activations stored",
+        logx=True,
+        logy=True,
+    )
+
+
+def _pictures(n: int) -> plots.Figure:
+    shown = ("vanilla", "memory_poor", "checkpointed", "binomial")
+    runs = {name: PASSES[name](backprop.numbers(n), 0) for name in shown}
+    drawn = [backprop.picture(run, name.replace("_", "-")) for name, run in runs.items()]
+    return plots.panels(drawn, title=f"Reverse passes over {n} nodes, event by event")
+
+
+def _bytes_figure(rows: Sequence[Mapping[str, Any]]) -> plots.Figure:
+    def series(name):
+        return list(zip(*((r["length"], r[name][0]) for r in rows if name in r), strict=True))
+
+    names = {"none": "none", "full": "full", "every": "every: sqrt(L)", "sqrt": "sqrt"}
+    names |= {"binomial": "binomial", "poor": "poor"}
+    return plots.lines(
+        {label: series(name) for name, label in names.items()},
+        title="Compiled temporary memory of the chain",
+        x="layers",
+        y="activations",
+        logx=True,
+        logy=True,
+    )
+
+
+def _spacing_figure(table: Sequence[Mapping[str, Any]]) -> plots.Figure:
+    (spaced,) = (row for row in table if "spaced" in row)
+    kept = next(row["kept"] for row in table if "kept" in row)
+    length, every = spaced["spaced"], spaced["every"]
+    return plots.lines(
+        {
+            "compiled": (every, spaced["activations"]),
+            f"L/k + {kept}k + 4": (every, [chain.segments(k, length, kept) for k in every]),
+        },
+        title=f"{length} layers in segments of k",
+        x="layers of a segment",
+        y="activations",
+        logx=True,
+        logy=True,
+    )

@@ -48,7 +48,7 @@ EXPECTED = {
     ),
     "batch": Expected(
         "examples/s at a batch over those at half of it, the least for batches 2 to 256, jax.jit",
-        "lecture: affordable vectorisation; non-decreasing within 10%",
+        "lecture: mini-batches use vectorisation; non-decreasing within 10%",
         low=0.9,
     ),
     "batch_gradient": Expected("the same for the gradients", _SYSTEMS, low=0.9),
