@@ -310,10 +310,10 @@ ALONE = {
 }
 
 
-def opened(path: str, overrides: Mapping[str, Any]) -> Experiment:
-    """The experiment of the config file `path` with {field: value} overrides, on one device."""
+def opened(path: str, overrides: Mapping[str, Any], *, devices: int = 1) -> Experiment:
+    """The experiment of the config file `path` with {field: value} overrides, on so many devices."""
     given = [f"--config.{field}={value}" for field, value in overrides.items()]
-    return build(load(path, given)[0], devices=jax.devices()[:1])
+    return build(load(path, given)[0], devices=jax.devices()[:devices])
 
 
 def reopen(fields: dict) -> Experiment:

@@ -67,6 +67,7 @@ LEVELS = [
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
         *("studies.backprop_variants", "studies.vectorisation"),
+        "studies.one_weird_trick",
     ],
     ["laboratory"],
     ["train", "plan", "convert", "generate", "doctor", "study", "report"],
