@@ -311,7 +311,7 @@ ALONE = {
 
 
 def opened(path: str, overrides: Mapping[str, Any], *, devices: int = 1) -> Experiment:
-    """The experiment of the config file `path` with {field: value} overrides, on so many devices."""
+    """The experiment of the config file `path` with {field: value} overrides, on `devices`."""
     given = [f"--config.{field}={value}" for field, value in overrides.items()]
     return build(load(path, given)[0], devices=jax.devices()[:devices])
 

@@ -25,6 +25,7 @@ from lsdl import plots
 from lsdl.experiment import opened
 from lsdl.models.alexnet import AlexNet
 from lsdl.planner import collectives, count, hlo
+from lsdl.state import TrainState
 from lsdl.studies.claim import Cell, Claim, Expected, judged
 
 CLAIM = (
@@ -216,12 +217,13 @@ def sizes_of(params: Mapping[str, Any]) -> Sizes:
     nbytes = lambda tree: sum(4 * leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     conv = nbytes({name: part for name, part in params.items() if name.startswith("layer_")})
     first, second = params["dense_0"], params["dense_1"]["kernel"]
+    (first_FH,), (second_HH,) = jax.tree.leaves(first["kernel"]), jax.tree.leaves(second)
     return Sizes(
         conv_bytes=conv,
         dense_bytes=nbytes(params) - conv,
         split_bytes=nbytes((first, second)),
-        features=first["kernel"].shape[0],
-        hidden=second.shape[1],
+        features=first_FH.shape[0],
+        hidden=second_HH.shape[1],
     )
 
 
@@ -232,19 +234,22 @@ def find() -> dict[str, Any]:
     """
     rows = [_counted(name, *program) for name, program in PROGRAMS.items()]
     found = {key: [row[key] for row in rows] for key in rows[0]}
-    alone, moved = _trained({"mesh": "data=1"}, devices=1)
+    experiment = opened(CONFIG, FIELDS | {"batch_size": SAME_BATCH})
+    start = experiment.init.lower().compile(collectives.QUICK)()
+    alone = _trained(start, {"mesh": "data=1"}, devices=1)
     away = []
     for mesh in ("data=2,tensor=4", "tensor=8"):
-        own, _ = _trained(TRICK | {"mesh": mesh}, devices=DEVICES)
+        own = _trained(start, TRICK | {"mesh": mesh}, devices=DEVICES)
         apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), own, alone)
         away.append(float(max(jax.tree.leaves(apart))))
-    return found | {"distances": away, "moved": moved}
+    moved = jax.tree.map(lambda a, b: np.linalg.norm(a - b), alone, start.params)
+    return found | {"distances": away, "moved": float(max(jax.tree.leaves(moved)))}
 
 
 def _counted(name: str, layout: Mapping[str, str], batch: int) -> dict[str, Any]:
     fields = FIELDS | layout | {"batch_size": batch}
     experiment = opened(CONFIG, fields, devices=DEVICES)
-    rows = collectives.of_experiment(experiment, accum=1, remat="none")
+    rows = collectives.of_experiment(experiment)
     counted = {f"{r['kind']} {r['axis']}": r["wire_bytes"] for r in rows if r["kind"] != "all"}
     sizes, axes = sizes_of(experiment.abstract_state.params), experiment.mesh.shape
     split = dict(data=axes["data"], tensor=axes["tensor"])
@@ -262,16 +267,16 @@ def _counted(name: str, layout: Mapping[str, str], batch: int) -> dict[str, Any]
     }
 
 
-def _trained(layout: Mapping[str, str], *, devices: int) -> tuple[Any, float]:
-    """Parameters after `STEPS` steps, and how far they moved, as a part of their norm."""
+def _trained(start: TrainState, layout: Mapping[str, str], *, devices: int) -> Any:
+    """The parameters `STEPS` steps after `start`, on the host."""
     experiment = opened(CONFIG, FIELDS | layout | {"batch_size": SAME_BATCH}, devices=devices)
-    state = experiment.init()
-    start = jax.tree.map(np.array, state.params)  # a copy: the steps reuse the memory
+    step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
+    step = step.compile(collectives.QUICK)
+    # A copy: the steps reuse their state's memory.
+    state = jax.device_put(jax.tree.map(jnp.copy, start), experiment.shardings)
     for batch in experiment.train_loader().batches(0, STEPS):
-        state, _ = experiment.train_step(state, batch)
-    end = jax.tree.map(np.array, state.params)
-    norm = lambda tree: np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(tree)))  # noqa: E731
-    return end, float(norm(jax.tree.map(np.subtract, end, start)) / norm(start))
+        state, _ = step(state, batch)
+    return jax.tree.map(np.array, state.params)
 
 
 def step_s(sizes: Sizes, gpus: int, *, trick: bool, shared: bool) -> float:

@@ -1,0 +1,114 @@
+"""The studies of layouts and batch sizes: their models by hand, and claims on small tables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsdl import laboratory
+from lsdl.models.alexnet import AlexNet
+from lsdl.studies import one_weird_trick
+
+NAMES = ("one_weird_trick",)
+# 1,000 of 64 bytes convolutions' and 4,000 dense, of which 3,000 can be split.
+SIZES = one_weird_trick.Sizes(1_000, 4_000, 3_000, features=10, hidden=20)
+
+
+def test_traffic_of_the_trick_by_hand():
+    sent = SIZES.sent(8, data=2, tensor=4, scattered=True)
+    assert sent == {
+        ("all-reduce", "data+tensor"): 2 * 7 / 8 * 1_000,
+        ("all-reduce", "data"): 2 * 1 / 2 * (3_000 / 4 + 1_000),
+        ("all-gather", "tensor"): 3 / 4 * 4 * 4 * 10,
+        ("all-reduce", "tensor"): 2 * 3 / 4 * 4 * 4 * 20,
+        ("reduce-scatter", "tensor"): 3 / 4 * 4 * 4 * 10,
+    }
+    whole = SIZES.sent(8, data=2, tensor=4, scattered=False)
+    assert whole.total() - sent.total() == 3 / 4 * 4 * 4 * 10
+    assert SIZES.dense(sent, 8) == pytest.approx(sent.total() - 1_750)
+
+
+def test_the_trick_sends_less_until_what_crosses_is_as_much_as_the_dense_parameters():
+    """B (F + H) floats against the dense layers' bytes."""
+    alone = 2 * 7 / 8 * 4_000
+    for batch, times in ((16, 0.48), (64, 1.92)):
+        sent = SIZES.sent(batch, data=1, tensor=8, scattered=True)
+        assert 4 * batch * (10 + 20) / 4_000 == times
+        assert SIZES.dense(sent, 8) / alone == pytest.approx(times)
+
+
+def test_on_data_alone_the_traffic_is_that_of_data_parallelism():
+    sent = SIZES.sent(8, data=8, tensor=1, scattered=True)
+    assert sent == {("all-reduce", "data"): 2 * 7 / 8 * 5_000}
+
+
+def test_sizes_are_those_of_the_model():
+    image = jnp.zeros((1, 67, 67, 3))
+    model = AlexNet(10, widths=(8, 8, 8, 8, 4), hidden=(16, 24))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))["params"]
+    sizes = one_weird_trick.sizes_of(params)
+    assert (sizes.features, sizes.hidden) == (4, 24)
+    assert sizes.split_bytes == 4 * (4 * 16 + 16 + 16 * 24)
+    assert sizes.dense_bytes == sizes.split_bytes + 4 * (24 + 24 * 10 + 10)
+    assert sizes.conv_bytes == 4 * (3 * 121 * 8 + 8 + 25 * 4 * 8 + 8 + 9 * 8 * 8 + 8) + 4 * (
+        9 * 4 * 8 + 8 + 9 * 4 * 4 + 4
+    )
+
+
+def test_one_k20_takes_the_measured_hours():
+    images_per_s = 128 / one_weird_trick.STEP_S
+    assert 90 * 1_281_167 / images_per_s / 3600 == pytest.approx(98.05)
+    assert one_weird_trick.speedup(SIZES, 1, trick=True, shared=True) == 1
+
+
+def _table(**changed):
+    sent = {"all-reduce tensor": 2_000.0, "all-gather tensor": 5_000.0}
+    programs = {
+        "program": ["grid", "small", "large", "data"],
+        "counted": [sent] * 4,
+        "predicted": [sent] * 4,
+        "least_bytes": [7_000.0] * 4,
+        "counted_dense_bytes": [1.0, 1.0, 4.0, 2.0],
+        "distances": [1e-7, 1e-6],
+        "batch": [256, 256, 1024, 256],
+        "sent_width": [544] * 4,
+        "dense_bytes": [1_138_728] * 4,
+    }
+    alexnet = {"side": 227, "conv_flops": 92, "dense_flops": 8}
+    # AlexNet's own, so that the speed-ups are those of the study
+    own = dict(conv_bytes=9_336_000, dense_bytes=234_524_000, split_bytes=218_120_000)
+    alexnet |= own | {"features": 9_216, "hidden": 4_096}
+    return [programs | changed, alexnet]
+
+
+@pytest.mark.parametrize(
+    ("changed", "lost"),
+    [
+        ({}, set()),
+        ({"distances": [1e-7, 1e-4]}, {"same"}),
+        ({"predicted": [{"all-reduce tensor": 2_000.0}] * 4}, {"bytes"}),
+        ({"least_bytes": [7_000.0, 6_000.0, 7_000.0, 7_000.0]}, {"least"}),
+        ({"counted_dense_bytes": [1.0, 2.0, 2.0, 2.0]}, {"less", "more"}),
+    ],
+)
+def test_claims_on_a_small_table(changed, lost):
+    found = {claim.id: claim for claim in one_weird_trick.claims(_table(**changed))}
+    assert list(found) == list(one_weird_trick.EXPECTED)
+    own = {"parameters", "shared"}  # of the table's AlexNet alone
+    assert {id for id, claim in found.items() if not claim.holds} - own == lost
+    assert np.isfinite(found["shared"].measured)
+    assert set(one_weird_trick.figure(_table(**changed))) == {"traffic", "speedup"}
+
+
+# What is known not to hold, with three seeds. AlexNet's two groups leave the convolutions 3.8% of
+# its parameters; ports shared by 4 at their nominal rate leave 8 GPUs 12% faster than they were.
+FAILS = {"one_weird_trick": {"parameters", "shared"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_holds_what_it_held(name, tmp_path):
+    outcome = laboratory.run(name, tmp_path, seeds=3)
+    fails = {claim.id for claim in outcome.claims if not claim.holds}
+    assert fails == FAILS.get(name, set())
+    assert list((outcome.folder / "figures").iterdir())
