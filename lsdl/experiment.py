@@ -69,6 +69,7 @@ class Experiment:
     phases: tuple[Phase, ...]  # one, but for a batch ramp
     ramp: Ramp  # the batch sizes that they have
     eval_step: partition.Program  # (state, batch) -> sums
+    residuals: partition.Program  # (state, batch) -> what the loss of a microbatch keeps
     whole_run: partition.Program  # (key, rates_T, batches_T) -> (state, metrics_T), on one device
     train_loader: Callable[[], Loader]
     eval_loader: Callable[[str], Loader]  # of a split: train | valid | test
@@ -167,11 +168,10 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     init = jax.jit(lambda: nn.unbox(make_init(jax.random.key(seed))), out_shardings=shardings)
     prepare = steps.make_prepare(task)
     measured = config.log.measure
+    loss = steps.make_loss(module.apply, task, teacher=teacher and teacher.apply)
     make_grads = functools.partial(
         steps.make_grads,
-        module.apply,
-        task,
-        teacher=teacher and teacher.apply,
+        loss,
         measured=[word for word in measured if word in measures.OF_MICROBATCHES],
     )
     stacked = {p.path.removeprefix("params/") for p in placements if "layers" in p.names[:1]}
@@ -215,6 +215,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         gauss_newton=gauss_newton,
         measure=make_measure(accum=config.accum),
     )
+    residuals = partition.program(steps.make_residuals(loss, prepare, accum=config.accum), **placed)
     spec = task.spec(batch_size)
     loader = functools.partial(Loader, spec=spec, batch_size=batch_size, sharding=batch_sharding)
     train_data = dict(
@@ -247,6 +248,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         phases=tuple(map(make_phase, ramp.phases)),
         ramp=ramp,
         eval_step=eval_step,
+        residuals=residuals,
         whole_run=partition.program(whole_run, mesh=None, rules=(), precision=config.precision),
         train_loader=lambda: loader(
             data.reader("train"), transforms=data.transforms("train"), train=True, **train_data

@@ -41,23 +41,12 @@ def _rows(batch: Batch) -> Batch:
     return {"row": jnp.arange(len(batch["weight"]))}
 
 
-def make_grads(
-    apply: Callable,
-    task,
-    *,
-    accum: int,
-    teacher: Callable | None = None,
-    measured: Sequence[str] = (),
-) -> Callable[[TrainState, Batch], Sums]:
-    """`grads(state, batch) -> Sums` over all rows of `batch`, in `accum` microbatches.
+def make_loss(apply: Callable, task, *, teacher: Callable | None = None) -> Callable:
+    """`loss(params, model_state, batch, key) -> (loss sum, aux)` of one microbatch, in training.
 
     `apply(variables, *inputs, train=, rngs=, mutable=)` is a Linen module's; so is `teacher`, whose
     outputs the loss gets as `extra` and whose variables are the state's `model_state[TEACHER]`.
-    Microbatches are strided (row r goes to microbatch r mod accum), so that each one is spread
-    over all devices. `measured` are the words of `measures` that look at each microbatch; what
-    they add up is in the sums as "measured".
     """
-    of_microbatch = functools.partial(measures.of_microbatch, words=measured)
 
     def loss(params, model_state, batch: Batch, key):
         model_state = dict(model_state)
@@ -75,6 +64,35 @@ def make_grads(
         loss_sum, weight, metric_sums = task.loss(outputs, batch, extra=extra)
         model_state = {**model_state, **taught}
         return loss_sum, {"weight": weight, "metrics": metric_sums, "model_state": model_state}
+
+    return loss
+
+
+def make_residuals(loss: Callable, prepare: Callable, *, accum: int) -> Callable:
+    """`residuals(state, batch) -> arrays`: what a microbatch's `loss` keeps for its backward pass.
+
+    Among them arrays of `state` and `batch` themselves, which are there anyway.
+    """
+
+    def residuals(state: TrainState, batch: Batch) -> list[jax.Array]:
+        first = jax.tree.map(lambda x: x[::accum], prepare(batch, state))
+        key = stream(state.key, "dropout", state.step)
+        of_params = lambda params: loss(params, state.model_state, first, key)[0]  # noqa: E731
+        return jax.tree.leaves(jax.vjp(of_params, state.params)[1])
+
+    return residuals
+
+
+def make_grads(
+    loss: Callable, *, accum: int, measured: Sequence[str] = ()
+) -> Callable[[TrainState, Batch], Sums]:
+    """`grads(state, batch) -> Sums` over all rows of `batch`, in `accum` microbatches of `loss`.
+
+    Microbatches are strided (row r goes to microbatch r mod accum), so that each one is spread
+    over all devices. `measured` are the words of `measures` that look at each microbatch; what
+    they add up is in the sums as "measured".
+    """
+    of_microbatch = functools.partial(measures.of_microbatch, words=measured)
 
     def one(state: TrainState, model_state, batch: Batch) -> Sums:
         key = stream(state.key, "dropout", state.step)

@@ -122,7 +122,7 @@ def test_sam_leaves_the_statistics_to_the_first_pass(load):
 def test_the_functions_of_the_step_are_its_loss_and_its_gradient(load, accum):
     """`value_fn` has the half-step's gradient, and `grad_fn` the Hessian's products."""
     experiment = build(of(load, MLP, "sgd", "mesh=data=1"), devices=jax.devices()[:1])
-    grads = steps.make_grads(experiment.module.apply, experiment.task, accum=accum)
+    grads = steps.make_grads(steps.make_loss(experiment.module.apply, experiment.task), accum=accum)
     state = experiment.init()
     batch = steps.make_prepare(experiment.task)(experiment.train_loader().batch(0), state)
 
@@ -161,7 +161,7 @@ def test_gauss_newton_is_the_hessian_where_the_model_is_linear(load):
     experiment = build(load("digits_mlp:smoke", *sizes), devices=jax.devices()[:1])
     task, state = experiment.task, experiment.init()
     batch = steps.make_prepare(task)(experiment.train_loader().batch(0), state)
-    grads = steps.make_grads(experiment.module.apply, task, accum=1)
+    grads = steps.make_grads(steps.make_loss(experiment.module.apply, task), accum=1)
     grad_fn = steps._functions(state, batch, grads)["grad_fn"]
     vector = jax.tree.map(lambda w: jnp.cos(jnp.arange(w.size)).reshape(w.shape), state.params)
     hessian = jax.jit(lambda p, v: jax.jvp(grad_fn, (p,), (v,))[1])(state.params, vector)

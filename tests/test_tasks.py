@@ -542,7 +542,7 @@ def test_padding_changes_no_loss_and_no_gradient(load, name):
     """Rows of weight 0, and tokens of segment 0, whatever they hold or whether they are there."""
     experiment = build(small(load, name), devices=jax.devices()[:1])
     task, state = experiment.task, drawn_state(experiment)
-    grads = jit(steps.make_grads(experiment.module.apply, task, accum=1))
+    grads = jit(steps.make_grads(steps.make_loss(experiment.module.apply, task), accum=1))
     rows = random_batch(task, 8, padding=3)
 
     def sums(rows):
