@@ -12,10 +12,11 @@ HIGH := $(shell for p in python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1
   python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python; do \
   "$$p" -c 'import sys' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help train test test-slow test-high parity lint format golden clean
+.PHONY: help train plan-tools test test-slow test-high parity lint format golden clean
 
 help:
 	@echo "make train       install into $(VENV) and train $(CONFIG); again: go on, or say it is done"
+	@echo "make plan-tools  what lsdl.plan --target compiles with, into \$$LSDL_PLAN_TOOLS or the user's cache"
 	@echo "make test        lint and the suite, without what is marked slow"
 	@echo "make test-slow   the slow tests; SHARD=k/n runs the k-th of n parts"
 	@echo "make test-high   make test once more, on the newest Python and jax found; SHARD=k/n likewise"
@@ -38,10 +39,14 @@ $(VENV)/installed-dev: $(VENV)/installed
 train: $(VENV)/installed
 	@$(BIN)/python -m lsdl.train --config $(CONFIG)
 
+# 1.3 GB on disk, beside the environment: jax would load what lies in it whenever it starts.
+plan-tools: $(VENV)/installed
+	@$(BIN)/python -m lsdl.planner.toolchain
+
 test: lint
 	@$(BIN)/python -m pytest -n 2 -q -m "not slow" --shard $(SHARD)
 
-test-slow: $(VENV)/installed-dev
+test-slow: $(VENV)/installed-dev plan-tools
 	@$(BIN)/python -m pytest -n 2 -q -m slow --shard $(SHARD)
 
 test-high:

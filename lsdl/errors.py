@@ -4,6 +4,7 @@ import sys
 
 FINISHED = 0
 BAD_INPUT = 2
+NO_COMPILER = 3  # for the devices of a target
 UNREACHABLE = 69  # the processes of the job did not find one another
 STUCK = 71  # no answer within the time there was for it
 LOCKED = 73
@@ -18,6 +19,12 @@ class UserError(ValueError):
     """
 
     exit_code = BAD_INPUT
+
+
+class NoCompilerError(UserError):
+    """What compiles for a target is not installed, or does not fit the jax that is."""
+
+    exit_code = NO_COMPILER
 
 
 class UnreachableError(UserError):

@@ -151,32 +151,35 @@ def bill(
 ) -> list[dict[str, Any]]:
     """The collectives of the optimised program `text`, one row for each kind and axis, and all.
 
+    `asynchronous`: so many of `count` leave the device free to compute meanwhile.
     `bytes` are of results, `wire_bytes` what one device sends; of arrays of at least `least_bytes`.
     `lower_bound_bytes` is 0 for what the layout could do without, and None on axes that `bounds`
     does not know. `ratio` is that of wire bytes to the lower bound, where there are both.
     """
-    rows = {key: [0, 0, 0.0] for key in bounds}
+    rows = {key: [0, 0, 0, 0.0] for key in bounds}
     for one in hlo.collectives(text, sizes):
         if nbytes := one.nbytes(least_bytes):
-            row = rows.setdefault((one.kind, one.axis), [0, 0, 0.0])
-            row[:] = row[0] + one.times, row[1] + nbytes, row[2] + one.wire_bytes(least_bytes)
+            row = rows.setdefault((one.kind, one.axis), [0, 0, 0, 0.0])
+            more = (one.times, one.times * one.asynchronous, nbytes, one.wire_bytes(least_bytes))
+            row[:] = map(sum, zip(row, more, strict=True))
     known = {axis for _, name in bounds for axis in name.split("+")}
     unknown = {axis for axis, size in sizes.items() if size > 1} - known
 
     def priced(kind: str, axis: str, numbers: Sequence[float], bound: float) -> dict[str, Any]:
-        count, nbytes, wire = numbers
+        count, asynchronous, nbytes, wire = numbers
         lost = unknown if axis == "all" else unknown & set(axis.removeprefix("part of ").split("+"))
         return {
             "kind": kind,
             "axis": axis,
             "count": count,
+            "asynchronous": asynchronous,
             "bytes": nbytes,
             "wire_bytes": round(wire),
             "lower_bound_bytes": None if lost else round(bound),
             "ratio": wire / bound if wire and bound and not lost else None,
         }
 
-    total = [sum(column) for column in zip([0, 0, 0.0], *rows.values(), strict=True)]
+    total = [sum(column) for column in zip([0, 0, 0, 0.0], *rows.values(), strict=True)]
     order = sorted(rows, key=lambda key: (key[1], key[0]))
     return [
         *(priced(*key, rows[key], bounds[key]) for key in order),
@@ -186,19 +189,21 @@ def bill(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The bill for people."""
-    lines = [("collective", "axis", "count", "bytes", "on the wire", "lower bound", "ratio")]
+    lines = [
+        ("collective", "axis", "count", "async", "bytes", "on the wire", "lower bound", "ratio")
+    ]
     for row in rows:
         bound, ratio = row["lower_bound_bytes"], row["ratio"]
         lines.append(
             (
-                *(row["kind"], row["axis"], f"{row['count']:,}"),
+                *(row["kind"], row["axis"], f"{row['count']:,}", f"{row['asynchronous']:,}"),
                 *(tree.binary(row["bytes"]), tree.binary(row["wire_bytes"])),
                 "unknown" if bound is None else tree.binary(bound),
                 "" if ratio is None else f"{ratio:.3f}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    justify = (str.ljust, str.ljust, *(str.rjust,) * 5)
+    justify = (str.ljust, str.ljust, *(str.rjust,) * 6)
     return "\n".join(
         "  ".join(f(word, width) for f, word, width in zip(justify, line, widths, strict=True))
         for line in lines

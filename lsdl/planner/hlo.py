@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,10 @@ CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|(?:true|false)_computation)=%?([\w.\-]+)"
     r"|\b(?:branch|called)_computations=\{([^}]*)\}"
 )
+SCATTERED = re.compile(r"\bcalls=%?(all-reduce-scatter[\w.\-]*)")
+CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+NUMBER = re.compile(r"\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+BELOW = re.compile(r"\s+ROOT \S+ = pred\[\]\S* compare\(\S+, %?([\w.\-]+)\), direction=LT")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -50,6 +54,7 @@ class Collective:
     parts: tuple[int, ...]  # bytes of each array of its result
     times: int  # how often a run of the program does it
     op_name: str  # where the program's source has it: jax's scopes
+    asynchronous: bool  # the device computes meanwhile
 
     def nbytes(self, least_bytes: int = 0) -> int:
         """Result bytes of the program's run, in arrays of at least `least_bytes`."""
@@ -68,28 +73,36 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     in a loop whose number of trips the program does not tell.
     """
     partitions = math.prod(map(int, re.findall(r"\bnum_partitions=(\d+)", text)))
-    computations, entry = _computations(text)
+    computations, entry, limits = _computations(text)
 
-    def walk(name: str, times: int) -> Iterator[Collective]:
+    def walk(name: str, times: int, meanwhile: bool = False) -> Iterator[Collective]:
         for opcode, shape, rest in computations[name]:
             kind = opcode.removesuffix("-start")
             if kind in WIRE:
-                yield from _collective(kind, shape, rest, opcode != kind, times, partitions, sizes)
+                found = _collective(kind, shape, rest, opcode != kind, times, partitions, sizes)
+                yield from (
+                    (replace(one, asynchronous=True) for one in found) if meanwhile else found
+                )
+            elif scattered := SCATTERED.search(rest) if opcode == "fusion" else None:
+                # A TPU's reduce-scatter: an all-reduce of which each device keeps its part.
+                ((_, _, inner),) = computations[scattered[1]]
+                yield from _collective(
+                    "reduce-scatter", shape, inner + rest, False, times, partitions, sizes
+                )
             elif not opcode.endswith(("-done", "-update")):  # which repeat their start's
-                yield from inside(opcode, rest, times)
+                yield from inside(opcode, rest, times, meanwhile or opcode == "async-start")
 
-    def inside(opcode: str, rest: str, times: int) -> list[Collective]:
+    def inside(opcode: str, rest: str, times: int, meanwhile: bool) -> list[Collective]:
         called = [
             name.strip().lstrip("%")
             for one, several in CALLED.findall(rest)
             for name in (one or several).split(",")
         ]
-        trips = TRIPS.search(rest) if opcode == "while" else None
-        times *= int(trips[1]) if trips else 1
-        found = [list(walk(name, times)) for name in called]
+        trips = _trips(rest, limits) if opcode == "while" else 1
+        found = [list(walk(name, times * trips, meanwhile)) for name in called]
         if opcode == "conditional":
             return max(found, key=lambda branch: sum(one.wire_bytes() for one in branch))
-        if opcode == "while" and not trips and any(found):
+        if not trips and any(found):
             where = next(one.op_name for branch in found for one in branch)
             raise UserError(
                 f"The collectives of {where!r} cannot be counted: they are in a loop that does not "
@@ -100,25 +113,38 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     return list(walk(entry, 1))
 
 
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
+def _trips(rest: str, limits: Mapping[str, int]) -> int:
+    """How often a while runs; 0 where that is not known."""
+    if said := TRIPS.search(rest):
+        return int(said[1])
+    # A TPU's compiler does not say. Loops of lax.scan count from 0 in steps of 1.
+    return limits.get(CONDITION.search(rest)[1], 0)
+
+
+def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str, dict[str, int]]:
     """{computation: (opcode, shape, operands and attributes) of its instructions}, and the entry.
 
-    Of the instructions, those that are collectives or call others.
+    Of the instructions, those that are collectives or call others. And {computation: number} of
+    those that tell whether a counter is still below a number.
     """
-    computations, name, entry = {}, "", ""
+    computations, limits, numbers, name, entry = {}, {}, {}, "", ""
     for line in text.splitlines():
         if head := COMPUTATION.match(line):
-            name = head[1]
+            name, numbers = head[1], {}
             computations[name] = []
             entry = name if line.startswith("ENTRY") else entry
         elif name and (head := INSTRUCTION.match(line)):
+            if number := NUMBER.match(line):
+                numbers[number[1]] = int(number[2])
+            elif (below := BELOW.match(line)) and below[1] in numbers:
+                limits[name] = numbers[below[1]]
             line = line[head.end() :]
             shape = line[: _end(line)]
             opcode = OPCODE.match(line, len(shape))
             rest = line[opcode.end() :]
             if opcode[1].removesuffix("-start") in WIRE or CALLED.search(rest):
                 computations[name].append((opcode[1], shape, rest))
-    return computations, entry
+    return computations, entry, limits
 
 
 def _end(text: str) -> int:
@@ -178,7 +204,9 @@ def _collective(
         name = re.search(r'op_name="([^"]*)"', rest)
         parts = tuple(_parts(shape))
         axis = axis_of(groups, sizes, whole=kind != "collective-permute")
-        yield Collective(kind, axis, group, parts, times, name[1] if name else "")
+        # Where nothing can be computed meanwhile a GPU's compiler says so at the start.
+        alone = not start or '"is_sync":true' in rest
+        yield Collective(kind, axis, group, parts, times, name[1] if name else "", not alone)
 
 
 def _groups(rest: str, partitions: int) -> Groups:

@@ -105,9 +105,14 @@ def make_mesh(
     types = (AxisType.Auto,) * len(sizes)
     if isinstance(devices, int):
         return AbstractMesh(tuple(sizes.values()), tuple(sizes), types)
+    devices = jax.devices() if devices is None else devices
     if math.prod((dcn or {}).values()) == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
-    return Mesh(_hybrid(sizes, devices or jax.devices(), dcn), tuple(sizes), types)
+        shape = tuple(sizes.values())
+        # jax.make_mesh would refuse to give a part of a torus' dim to an axis, as of 8 chips 4.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = _hybrid(sizes, devices, dcn)
+    return Mesh(grid, tuple(sizes), types)
 
 
 def _hybrid(
@@ -127,7 +132,7 @@ def _hybrid(
     across = [dcn.get(axis, 1) for axis in sizes]
     within = [size // part for size, part in zip(sizes.values(), across, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, process_is_granule=by_process
+        within, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
     )
 
 
