@@ -53,6 +53,8 @@ LEVELS = [
             "planner.hlo",
         ),
         *("planner.collectives", "planner.devices", "planner.hardware", "planner.goodput"),
+        *("planner.toolchain", "planner.topology", "planner.largest", "planner.oom"),
+        "planner.compiled",
         "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),

@@ -170,7 +170,7 @@ def _elements(shape: str) -> list[str]:
     return [element for element in elements if element]
 
 
-def _parts(shape: str) -> list[int]:
+def sizes_of(shape: str) -> list[int]:
     """The bytes of each array in a shape, tuples in tuples included."""
     parts = []
     for dtype, dims in re.findall(r"\b(\w+)\[([^\]]*)\]", shape):
@@ -202,7 +202,7 @@ def _collective(
     group = max(map(len, groups), default=1)
     if group > 1:
         name = re.search(r'op_name="([^"]*)"', rest)
-        parts = tuple(_parts(shape))
+        parts = tuple(sizes_of(shape))
         axis = axis_of(groups, sizes, whole=kind != "collective-permute")
         # Where nothing can be computed meanwhile a GPU's compiler says so at the start.
         alone = not start or '"is_sync":true' in rest

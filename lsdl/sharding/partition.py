@@ -11,7 +11,7 @@ it runs on replicated arrays, which is the same thing).
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -170,10 +170,13 @@ class Program:
         with self._contexts():
             return self._jitted.eval_shape(*args)
 
-    def lower(self, *args):
-        """Trace and lower for `args`, which may be abstract; `.compile()` gives the executable."""
+    def lower(self, *args, platforms: Sequence[str] | None = None):
+        """Trace and lower for `args`, which may be abstract; `.compile()` gives the executable.
+
+        `platforms`: for which kinds of devices (default: the kind there is).
+        """
         with self._contexts():
-            return self._jitted.lower(*args)
+            return self._jitted.trace(*args).lower(lowering_platforms=platforms)
 
     def trace(self, *args):
         """The jaxpr for `args`, which may be abstract."""
