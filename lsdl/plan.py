@@ -41,12 +41,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    if argv is None and sys.argv[1:2] == ["--worker"]:
-        from lsdl.experiment import on_devices
-        from lsdl.planner import compiled
-
-        compiled.work(Path(sys.argv[2]), on_devices)
-        return FINISHED
     arguments, overrides = parser().parse_known_args(argv)
     try:
         return plan(arguments, overrides)
