@@ -55,6 +55,7 @@ LEVELS = [
         *("planner.collectives", "planner.devices", "planner.hardware", "planner.goodput"),
         *("planner.toolchain", "planner.topology", "planner.largest", "planner.oom"),
         "planner.compiled",
+        *("planner.scaling", "planner.published"),
         "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
