@@ -50,6 +50,7 @@ class Experiment:
     name: str
     seed: int
     mesh: Mesh | AbstractMesh
+    dcn: Mapping[str, int]  # of its axes, the part that crosses slices or nodes
     module: nn.Module
     task: Any
     tx: optax.GradientTransformationExtraArgs
@@ -59,6 +60,7 @@ class Experiment:
     abstract_gradients: Any  # likewise, of one step
     shardings: TrainState
     placements: list[placement.Placement]
+    rules: rules.Rules  # of the activations too
     lint: tuple[str, ...]  # what the rules did not do
     parameter_groups: list[dict[str, Any]]  # of each parameter: its optimiser, rate, masks
     num_parameters: int  # without the padding of vocabularies
@@ -110,7 +112,8 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     devices = jax.devices() if devices is None else devices
     number = devices if isinstance(devices, int) else len(devices)
     sizes = meshes.parse_mesh(config.mesh, number)
-    mesh = meshes.make_mesh(sizes, devices, dcn=meshes.parse_dcn(config.dcn_mesh, sizes))
+    dcn = meshes.parse_dcn(config.dcn_mesh, sizes)
+    mesh = meshes.make_mesh(sizes, devices, dcn=dcn)
     partition.check(config.partitioner, mesh)
     table = rules.table(config.rules)
     own = rules.check_param_rules(config.param_rules)
@@ -229,6 +232,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         name=config.name,
         seed=seed,
         mesh=mesh,
+        dcn=dcn,
         module=module,
         task=task,
         tx=tx,
@@ -238,6 +242,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         abstract_gradients=with_shardings(nn.unbox(boxed.params), gradients),
         shardings=shardings,
         placements=placements,
+        rules=table,
         lint=tuple(inspect.lint(placements, table, own, mesh=mesh)),
         parameter_groups=components.parameter_groups(config, abstract_state.params),
         num_parameters=_num_parameters(placements, module),
