@@ -56,6 +56,7 @@ LEVELS = [
         *("planner.toolchain", "planner.topology", "planner.largest", "planner.oom"),
         "planner.compiled",
         *("planner.scaling", "planner.published"),
+        *("planner.activations", "planner.architecture", "planner.memory", "planner.analytic"),
         "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
