@@ -57,6 +57,7 @@ LEVELS = [
         "planner.compiled",
         *("planner.scaling", "planner.published"),
         *("planner.activations", "planner.architecture", "planner.memory", "planner.analytic"),
+        "planner.lectures",
         "analysis.noise",
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
