@@ -140,7 +140,7 @@ def make_module(
     filled = {
         "num_classes": outputs,
         "dtype": PRECISIONS[choice("precision", config.precision, PRECISIONS)],
-        "remat": choice("remat", config.remat, remat.WRAPPED),
+        "remat": remat.check(config.remat),
         "axis_name": mesh and (partition.manual_axes(config.partitioner, mesh) or None),
         "attention": _make_attention(config, mesh),
         "pipe": _make_pipe(config, mesh),

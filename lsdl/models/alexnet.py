@@ -3,6 +3,8 @@
 Shape letters: B batch, H height, W width, D channels, C classes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -69,6 +71,7 @@ class Convolution(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x_BHWD)
+        x_BHWD = remat.name(x_BHWD, "conv")
         if self.batch_norm:
             mode = dict(train=self.train, axis_name=self.axis_name, dtype=self.dtype)
             x_BHWD = batch_norm(**mode, name="norm")(x_BHWD)
@@ -105,11 +108,14 @@ class AlexNet(nn.Module):
                 f"The image of {image_BHWC.shape[1]} x {image_BHWC.shape[2]} pixels is too small "
                 f"for alexnet: it needs {LEAST} x {LEAST}."
             )
-        layer = remat.wrap(Convolution, self.remat)
         mode = (self.batch_norm, self.dtype, train, self.axis_name)
-        x_BHWD = image_BHWC.astype(self.dtype)
-        for i, (features, row) in enumerate(zip(self.widths, LAYERS, strict=True)):
-            x_BHWD = layer(features, *row, 1 if i else STRIDE, *mode, name=f"layer_{i}")(x_BHWD)
+        layers = [
+            functools.partial(
+                Convolution, features, *row, 1 if i else STRIDE, *mode, name=f"layer_{i}"
+            )
+            for i, (features, row) in enumerate(zip(self.widths, LAYERS, strict=True))
+        ]
+        x_BHWD = remat.chain(self, layers, image_BHWC.astype(self.dtype), policy=self.remat)
         x_BD = x_BHWD.reshape(len(x_BHWD), -1)
         axes = ("embed", "mlp")
         for i, features in enumerate(self.hidden):

@@ -62,7 +62,7 @@ class InvertedBottleneck(nn.Module):
         def normed(x_BHWD, features, size, name, **fields):
             make = conv(features, size, bias=False, dtype=self.dtype, name=name, **fields)
             mode = dict(train=self.train, axis_name=self.axis_name, dtype=self.dtype)
-            return _norm(**mode, name=f"{name}_norm")(make(x_BHWD))
+            return _norm(**mode, name=f"{name}_norm")(remat.name(make(x_BHWD), "conv"))
 
         inputs = x_BHWD.shape[-1]
         wide, y_BHWD = inputs * self.expansion, x_BHWD
@@ -97,7 +97,6 @@ class EfficientNet(nn.Module):
 
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
-        block = remat.wrap(InvertedBottleneck, self.remat)
         mode = dict(train=train, axis_name=self.axis_name, dtype=self.dtype)
 
         def normed(x_BHWD, channels, size, stride, name):
@@ -107,23 +106,27 @@ class EfficientNet(nn.Module):
             return nn.silu(_norm(**mode, name=f"{name}_norm")(x_BHWD))
 
         x_BHWD = normed(image_BHWC.astype(self.dtype), 32, 3, 2, "stem")
-        blocks = [
+        rows = [
             (channels, expansion, 1 if i else stride, size)
             for expansion, channels, repeats, stride, size in STAGES
             for i in range(math.ceil(repeats * self.depth_factor))
         ]
-        for i, (channels, expansion, stride, size) in enumerate(blocks):
-            x_BHWD = block(
+        blocks = [
+            functools.partial(
+                InvertedBottleneck,
                 scaled_width(channels, self.width_factor),
                 expansion,
                 stride,
                 size,
-                self.drop_path * i / len(blocks),
+                self.drop_path * i / len(rows),
                 self.dtype,
                 train,
                 self.axis_name,
                 name=f"block_{i}",
-            )(x_BHWD)
+            )
+            for i, (channels, expansion, stride, size) in enumerate(rows)
+        ]
+        x_BHWD = remat.chain(self, blocks, x_BHWD, policy=self.remat)
         x_BD = normed(x_BHWD, 1280, 1, 1, "top").mean((1, 2))
         if not self.num_classes:
             return x_BD.astype(jnp.float32)

@@ -3,6 +3,8 @@
 Shape letters: B batch, H height, W width, D channels, C classes.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -58,20 +60,26 @@ class Convolution(nn.Module):
             size, stride = 1, 1
         bias = not self.batch_norm
         fields = dict(stride=stride, bias=bias, dtype=self.dtype, name="conv")
-        x_BHWD = conv(self.features, size, **fields)(x_BHWD)
+        x_BHWD = remat.name(conv(self.features, size, **fields)(x_BHWD), "conv")
         if self.batch_norm:
             mode = dict(train=self.train, axis_name=self.axis_name, dtype=self.dtype)
             x_BHWD = batch_norm(**mode, name="norm")(x_BHWD)
         return nn.relu(x_BHWD)
 
 
+def _halved(x_BHWD):
+    return nn.max_pool(x_BHWD, (3, 3), (2, 2), "SAME")
+
+
 class Mixed(nn.Module):
     """Four branches side by side: 1x1, 3x3, 5x5 and a pool, the last three with a 1x1 of their own.
 
-    `widths` is a row of `MODULES`. Source: Szegedy et al. 2015, figure 2b.
+    `widths` is a row of `MODULES`; with `pooled`, a max pool of stride 2 comes first.
+    Source: Szegedy et al. 2015, figure 2b.
     """
 
     widths: tuple[int, ...]
+    pooled: bool
     batch_norm: bool
     dtype: Dtype
     train: bool
@@ -83,6 +91,7 @@ class Mixed(nn.Module):
             mode = (self.batch_norm, self.dtype, self.train, self.axis_name)
             return Convolution(features, size, *mode, name=name)(x_BHWD)
 
+        x_BHWD = _halved(x_BHWD) if self.pooled else x_BHWD
         one, reduce_3, three, reduce_5, five, project = self.widths
         pooled_BHWD = nn.max_pool(x_BHWD, (3, 3), (1, 1), "SAME")
         branches = (
@@ -121,18 +130,18 @@ class Inception(nn.Module):
         def wide(features):
             return max(1, round(self.width_factor * features))
 
-        def pool(x_BHWD):
-            return nn.max_pool(x_BHWD, (3, 3), (2, 2), "SAME")
-
         stem = dict(stride=2, multiplier=self.stem_multiplier, name="stem")
         x_BHWD = image_BHWC.astype(self.dtype)
-        x_BHWD = pool(Convolution(wide(64), 7, *mode, **stem)(x_BHWD))
+        x_BHWD = _halved(Convolution(wide(64), 7, *mode, **stem)(x_BHWD))
         x_BHWD = Convolution(wide(64), 1, *mode, name="reduce")(x_BHWD)
         x_BHWD = Convolution(wide(192), 3, *mode, name="conv")(x_BHWD)
-        mixed = remat.wrap(Mixed, self.remat)
-        for name, widths in MODULES.items():
-            x_BHWD = pool(x_BHWD) if name in POOLED else x_BHWD
-            x_BHWD = mixed(tuple(map(wide, widths)), *mode, name=f"mixed_{name}")(x_BHWD)
+        modules = [
+            functools.partial(
+                Mixed, tuple(map(wide, widths)), name in POOLED, *mode, name=f"mixed_{name}"
+            )
+            for name, widths in MODULES.items()
+        ]
+        x_BHWD = remat.chain(self, modules, x_BHWD, policy=self.remat)
         x_BD = Dropout(self.dropout, train)(x_BHWD.mean((1, 2)))
         if not self.num_classes:
             return x_BD.astype(jnp.float32)

@@ -3,6 +3,8 @@
 Shape letters: B batch, D features, F hidden, C classes.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -29,12 +31,14 @@ class Hidden(nn.Module):
         he = nn.initializers.he_normal()
         fields = dict(dtype=self.dtype, bias=self.norm == "none", kernel_init=he)
         x_BF = dense(self.features, self.axes, name="dense", **fields)(x_BD)
+        x_BF = remat.name(x_BF, "dense")
         if self.norm != "none":
             own = dict(train=self.train, axis_name=self.axis_name, axis=self.axes[1])
             norm = feature_norm(self.norm, self.features, dtype=self.dtype, name="norm", **own)
             x_BF = norm(x_BF)
         x_BF = ACTIVATIONS[self.activation](x_BF)
-        return Dropout(self.dropout, self.train)(x_BF)
+        x_BF = Dropout(self.dropout, self.train)(x_BF)
+        return nn.with_logical_constraint(x_BF, ("batch", self.axes[1]))
 
 
 class Mlp(nn.Module):
@@ -57,23 +61,25 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool):
         x_BD = x.reshape(len(x), -1).astype(self.dtype)
-        layer = remat.wrap(Hidden, self.remat)
         axes = ("embed", "mlp")
-        for i, features in enumerate(self.hidden):
-            x_BD = layer(
+        layers = [
+            functools.partial(
+                Hidden,
                 features,
                 self.activation,
                 self.dropout,
                 self.dtype,
                 train,
-                axes,
+                axes[::-1] if i % 2 else axes,
                 self.norm,
                 self.axis_name,
                 name=f"hidden_{i}",
-            )(x_BD)
-            x_BD = nn.with_logical_constraint(x_BD, ("batch", axes[1]))
-            axes = axes[::-1]
+            )
+            for i, features in enumerate(self.hidden)
+        ]
+        x_BD = remat.chain(self, layers, x_BD, policy=self.remat)
         if not self.num_classes:
             return x_BD.astype(jnp.float32)
-        head = dense(self.num_classes, (axes[0], "classes"), dtype=self.dtype, name="head")
+        last = axes[len(layers) % 2]
+        head = dense(self.num_classes, (last, "classes"), dtype=self.dtype, name="head")
         return head(x_BD).astype(jnp.float32)

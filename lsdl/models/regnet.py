@@ -3,6 +3,8 @@
 Shape letters: B batch, H height, W width, D channels, C classes.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -35,6 +37,7 @@ class Block(nn.Module):
         def normed(x_BHWD, size, stride, name, groups=1):
             same = dict(padding=size // 2, bias=False, dtype=self.dtype, name=name)
             x_BHWD = conv(self.features, size, stride=stride, groups=groups, **same)(x_BHWD)
+            x_BHWD = remat.name(x_BHWD, "conv")
             mode = dict(train=self.train, axis_name=self.axis_name, dtype=self.dtype)
             return batch_norm(**mode, name=f"{name}_norm")(x_BHWD)
 
@@ -69,23 +72,26 @@ class RegNet(nn.Module):
 
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
-        block = remat.wrap(Block, self.remat)
         stem = conv(32, 3, stride=2, padding=1, bias=False, dtype=self.dtype, name="stem")
         mode = dict(train=train, axis_name=self.axis_name, dtype=self.dtype)
         x_BHWD = stem(image_BHWC.astype(self.dtype))
         x_BHWD = nn.relu(batch_norm(**mode, name="stem_norm")(x_BHWD))
-        for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
-            for i in range(depth):
-                x_BHWD = block(
-                    width,
-                    self.group_width,
-                    1 if i else 2,
-                    self.excite,
-                    self.dtype,
-                    train,
-                    self.axis_name,
-                    name=f"stage_{stage}_block_{i}",
-                )(x_BHWD)
+        blocks = [
+            functools.partial(
+                Block,
+                width,
+                self.group_width,
+                1 if i else 2,
+                self.excite,
+                self.dtype,
+                train,
+                self.axis_name,
+                name=f"stage_{stage}_block_{i}",
+            )
+            for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True))
+            for i in range(depth)
+        ]
+        x_BHWD = remat.chain(self, blocks, x_BHWD, policy=self.remat)
         x_BD = x_BHWD.mean((1, 2))
         if not self.num_classes:
             return x_BD.astype(jnp.float32)

@@ -21,7 +21,7 @@ and not its optimal schedule, whose segments are of all lengths and so no loops.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -199,11 +199,26 @@ def evaluations(policy: str, n: int) -> int:
     return whole + whole // segment * evaluations(inside, segment) + evaluations(inside, tail)
 
 
-WRAPPED = ("none", "full", "dots")  # what models take today
+def chain(
+    module: nn.Module, layers: Sequence[Callable], carry: Any, *, policy: str = "none"
+) -> Any:
+    """What `layers`, one after another, make of `carry`; for use in a compact method of `module`.
 
+    `layer(parent=module)` makes the submodule, with a name of its own, and that takes the carry:
+    a `functools.partial` of a class of modules will do. The policy changes no parameter's name.
+    """
+    segment, inside, tail, keep = cut(policy, len(layers))
+    if not segment:
+        for layer in layers:
+            carry = layer(parent=module)(carry)
+        return carry
+    whole = len(layers) - tail
 
-def wrap(block: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
-    """`block`, computing again in its backward pass what `policy` does not keep."""
-    if policy == "none":
-        return block
-    return nn.remat(block, policy=_keep(policy), prevent_cse=not scanned)
+    def again(first: int) -> Callable:
+        part = layers[first : first + segment]
+        run = lambda module, carry: chain(module, part, carry, policy=inside)  # noqa: E731
+        return nn.remat(run, policy=keep)
+
+    for first in range(0, whole, segment):
+        carry = again(first)(module, carry)
+    return chain(module, layers[whole:], carry, policy=inside)

@@ -3,6 +3,8 @@
 Shape letters: B batch, H height, W width, D channels, C classes.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -75,9 +77,9 @@ class ResidualBlock(nn.Module):
             y_BHWD = self._convolve(y_BHWD, features, size, stride, f"conv_{i}")
             y_BHWD = self._normalise(y_BHWD, f"norm_{i}", scale_init=start)
             y_BHWD = y_BHWD if last else nn.relu(y_BHWD)
-        if self.shortcut == "none":
-            return nn.relu(y_BHWD)
-        return nn.relu(self._skip(x_BHWD) + y_BHWD)
+        if self.shortcut != "none":
+            y_BHWD = self._skip(x_BHWD) + y_BHWD
+        return nn.with_logical_constraint(nn.relu(y_BHWD), ("conv_batch", None, None, None))
 
     def _skip(self, x_BHWD):
         extra = self.features - x_BHWD.shape[-1]
@@ -91,7 +93,7 @@ class ResidualBlock(nn.Module):
 
     def _convolve(self, x_BHWD, features, size, stride, name):
         same = dict(padding=size // 2, bias=False, dtype=self.dtype, name=name)
-        return conv(features, size, stride=stride, **same)(x_BHWD)
+        return remat.name(conv(features, size, stride=stride, **same)(x_BHWD), "conv")
 
     def _normalise(self, x_BHWD, name, **fields):
         mode = dict(train=self.train, axis_name=self.axis_name, dtype=self.dtype)
@@ -123,24 +125,26 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
-        block = remat.wrap(ResidualBlock, self.remat)
         x_BHWD = self._stem(image_BHWC.astype(self.dtype), train)
         bottleneck = self.block == "bottleneck"
-        for stage, depth in enumerate(self.depths):
-            for i in range(depth):
-                x_BHWD = block(
-                    self.width * 2**stage * (4 if bottleneck else 1),
-                    2 if stage and not i else 1,
-                    bottleneck,
-                    self.shortcut,
-                    self.norm,
-                    self.zero_gamma,
-                    self.dtype,
-                    train,
-                    self.axis_name,
-                    name=f"stage_{stage}_block_{i}",
-                )(x_BHWD)
-                x_BHWD = nn.with_logical_constraint(x_BHWD, ("conv_batch", None, None, None))
+        blocks = [
+            functools.partial(
+                ResidualBlock,
+                self.width * 2**stage * (4 if bottleneck else 1),
+                2 if stage and not i else 1,
+                bottleneck,
+                self.shortcut,
+                self.norm,
+                self.zero_gamma,
+                self.dtype,
+                train,
+                self.axis_name,
+                name=f"stage_{stage}_block_{i}",
+            )
+            for stage, depth in enumerate(self.depths)
+            for i in range(depth)
+        ]
+        x_BHWD = remat.chain(self, blocks, x_BHWD, policy=self.remat)
         x_BD = x_BHWD.mean((1, 2))
         if not self.num_classes:
             return x_BD.astype(jnp.float32)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.scope import LazyRng
 
 from lsdl.models import moe, remat
 from lsdl.models.layers import (
@@ -28,6 +29,8 @@ from lsdl.models.layers import (
     lecun_normal,
     rms_norm,
 )
+
+LAYERS = {nn.PARTITION_NAME: "layers"}  # the dim of stacked parameters
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,12 @@ class Attention(nn.Module):
         if style.rope_theta:
             query_BLHK = rotary(query_BLHK, position_BL, style.rope_theta)
             key_BLGK = rotary(key_BLGK, position_BL, style.rope_theta)
+        query_BLHK, key_BLGK = remat.name(query_BLHK, "query"), remat.name(key_BLGK, "key")
+        value_BLGK = remat.name(value_BLGK, "value")
         y_BLHK = (self.attention or attend)(
             query_BLHK, key_BLGK, value_BLGK, causal=style.causal, segment_BL=segment_BL
         )
+        y_BLHK = remat.name(y_BLHK, "attn_out")
         out = style.make_dense(
             width, ("heads", "embed"), dtype=self.dtype, name="out", residual=True
         )
@@ -189,11 +195,14 @@ class Mlp(nn.Module):
         activation = ACTIVATIONS[self.style.activation]
         if self.style.gated:
             gate_BLF, up_BLF = wide("gate", "up")
-            h_BLF = activation(gate_BLF) * up_BLF
+            gate_BLF = activation(remat.name(gate_BLF, "mlp_gate"))
+            h_BLF = gate_BLF * remat.name(up_BLF, "mlp_up")
         else:
-            h_BLF = activation(*wide("up"))
+            (up_BLF,) = wide("up")
+            h_BLF = activation(remat.name(up_BLF, "mlp_up"))
         places = ("experts", None) if self.each_expert else ("length",)
         h_BLF = nn.with_logical_constraint(h_BLF, ("batch", *places, "mlp"))
+        h_BLF = remat.name(h_BLF, "mlp_hidden")
         return make(x_BLD.shape[-1], ("mlp", "embed"), name="down", residual=True)(h_BLF)
 
 
@@ -288,39 +297,61 @@ class Stack(nn.Module):
             position_BL = jnp.arange(x_BLD.shape[1])[None]
         else:
             position_BL = positions(segment_BL)
-        if self.scan_layers:
-            if self.pipe and not self.is_initializing():
-                params = self.variables["params"]["blocks"]
-                return self.pipe(self._run(fields), params, x_BLD, segment_BL, position_BL), None
-            blocks = self._scanned(self.num_layers)(**fields, name="blocks")
-            x_BLD, told = blocks(x_BLD, segment_BL, position_BL)
-            return x_BLD, jax.tree.map(lambda x_NB: x_NB.T, told)
-        block = remat.wrap(Block, self.remat)
-        told = []
-        for layer in range(self.num_layers):
-            x_BLD, tells = block(**fields, name=f"block_{layer}")(x_BLD, segment_BL, position_BL)
-            told.append(tells)
+        more = segment_BL, position_BL
+        if not self.scan_layers:
+            return self._unrolled(fields, x_BLD, *more)
+        if self.is_initializing():
+            x_BLD, told = self._initial(fields)(x_BLD, *more)
+        else:
+            x_BLD, told = self._scanned(fields, x_BLD, *more)
+        return x_BLD, jax.tree.map(lambda x_NB: x_NB.T, told)
+
+    def _unrolled(self, fields: dict, x_BLD, segment_BL, position_BL):
+        def layer(i: int, *, parent: nn.Module) -> Callable:
+            block = Block(**fields, parent=parent, name=f"block_{i}")
+
+            def run(carry):
+                x_BLD, told = carry
+                x_BLD, tells = block(x_BLD, segment_BL, position_BL)
+                return x_BLD, (*told, tells)
+
+            return run
+
+        layers = [functools.partial(layer, i) for i in range(self.num_layers)]
+        x_BLD, told = remat.chain(self, layers, (x_BLD, ()), policy=self.remat)
         if not told:
             return x_BLD, None
         return x_BLD, jax.tree.map(lambda *x_B: jnp.stack(x_B, axis=1), *told)
 
-    def _scanned(self, length: int):
+    def _initial(self, fields: dict) -> nn.Module:
+        """The blocks that make the stacked parameters."""
         return nn.scan(
-            remat.wrap(Block, self.remat, scanned=True),
-            length=length,
+            Block,
+            length=self.num_layers,
             in_axes=nn.broadcast,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+            metadata_params=LAYERS,
+        )(**fields, name="blocks")
 
-    def _run(self, fields: dict) -> Callable:
-        def blocks(params, x_BLD, segment_BL, position_BL):
-            length = jax.tree.leaves(params)[0].shape[0]
-            module = self._scanned(length)(**fields, parent=None)
-            return module.apply({"params": params}, x_BLD, segment_BL, position_BL)[0]
+    def _scanned(self, fields: dict, *inputs):
+        def blocks(params, x_BLD, *more, rngs=None):
+            def body(x_BLD, layer):
+                params, rngs = layer
+                variables = {"params": nn.meta.remove_axis(params, 0, LAYERS)}
+                block = Block(**fields, name="blocks", parent=None)
+                return block.apply(variables, x_BLD, *more, rngs=rngs)
 
-        return blocks
+            return remat.scan(body, x_BLD, (params, rngs), policy=self.remat)
+
+        params = self.variables["params"]["blocks"]
+        if self.pipe:
+            return self.pipe(lambda *args: blocks(*args)[0], params, *inputs), None
+        # The keys that nn.scan would give the layers.
+        rngs = {name: rng for name, rng in self.scope.rngs.items() if name == "dropout"}
+        rngs = {name: LazyRng.create(rng, "blocks") for name, rng in rngs.items()}
+        rngs = jax.tree.map(lambda key: jax.random.split(key, self.num_layers), rngs)
+        return blocks(params, *inputs, rngs=rngs)
 
 
 def shared(module: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:
