@@ -25,6 +25,7 @@ from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.data.ramp import Ramp
 from lsdl.errors import UserError
+from lsdl.models import remat
 from lsdl.optim.conditions import Conditions
 from lsdl.optim.wrappers import averages
 from lsdl.planner import tree
@@ -80,6 +81,7 @@ class Experiment:
     batch_size: int
     accum: int  # microbatches of a step
     remat: str  # what the model's blocks keep for their backward pass
+    activation_names: tuple[str, ...]  # what they could keep by name
     microbatches: int  # of a pipeline
     total_steps: int
     eval_every_steps: int
@@ -157,7 +159,9 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     tx = make_tx(schedule)
 
     make_init = steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)
-    boxed = jax.eval_shape(lambda: make_init(jax.random.key(0)))
+    with remat.recording() as activations:
+        boxed = jax.eval_shape(lambda: make_init(jax.random.key(0)))
+    remat.check_names(config.remat, activations)
     further = dict(param_rules=own, moments=rules.moment_axes(config.rules))
     shardings, placements = placement.tree_shardings(boxed, mesh, table, **further)
     gradients = placement.gradient_shardings(boxed.params, mesh, table, **further)
@@ -289,6 +293,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         batch_size=batch_size,
         accum=config.accum,
         remat=config.remat,
+        activation_names=tuple(sorted(activations)),
         microbatches=config.pipeline_microbatches or mesh.shape["stage"],
         total_steps=total_steps,
         eval_every_steps=duration_steps(config.eval, "every", **units),

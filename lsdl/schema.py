@@ -37,7 +37,9 @@ def template() -> ConfigDict:
     config.partitioner = "jit"  # jit | shard_map | pmap
     config.sequence_attention = "ring"  # of a length that the mesh splits: ring | gather
     config.pipeline_microbatches = 0  # that travel through the stages; 0: as many as stages
-    config.remat = "none"  # none | full | dots
+    # none | full | dots | dots_no_batch | names:a,b | offload:a,b | every:k | sqrt | binomial |
+    # poor (lsdl/models/remat.py), or auto: the cheapest of them that fits
+    config.remat = "none"
 
     config.model = ConfigDict({"name": ""})  # the other fields are the model's own
 

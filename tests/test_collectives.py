@@ -322,7 +322,7 @@ def test_bound_of_split_parameters():
     assert bounds["reduce-scatter", "fsdp"] == 3 / 4 * 2800 == gather()
     assert bounds["all-reduce", "fsdp"] == scale
     assert bounds.total() == 2 * 3 / 4 * 2800 + scale
-    assert gather(remat=True) == 3 / 4 * (2 * 2400 + 400)
+    assert gather(policy="full") == 3 / 4 * (2 * 2400 + 400)
     assert gather(accum=2) == 3 / 4 * (2 * 1600 + 800 + 400)
     many = collectives.parameters(leaves, sizes, accum=2)
     assert many["reduce-scatter", "fsdp"] == 2 * 3 / 4 * 2800
@@ -344,7 +344,7 @@ def test_bounds_of_activations():
     tensor = ("all-reduce", "tensor")
     assert collectives.tensor_parallel(100, 4, layers=3, ends=0) == {tensor: 8 * 3 / 4 * 100 * 3}
     assert collectives.tensor_parallel(100, 4, layers=3)[tensor] == 2 * 3 / 4 * 100 * (4 * 3 + 2)
-    remat = collectives.tensor_parallel(100, 4, layers=3, remat=True)[tensor]
+    remat = collectives.tensor_parallel(100, 4, layers=3, policy="full")[tensor]
     assert remat == 2 * 3 / 4 * 100 * (5 * 3 + 2)
     pipeline = collectives.pipeline(10, microbatches=8, stages=4)
     assert pipeline == {("collective-permute", "stage"): 22 * 10}

@@ -52,6 +52,7 @@ LEVELS = [
             "planner.timetable",
             "planner.hlo",
         ),
+        "planner.residuals",
         *("planner.collectives", "planner.devices", "planner.hardware", "planner.goodput"),
         *("planner.toolchain", "planner.topology", "planner.largest", "planner.oom"),
         "planner.compiled",

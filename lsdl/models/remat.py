@@ -189,14 +189,23 @@ def scan(body: Callable, carry: Any, xs: Any, *, policy: str = "none") -> tuple[
 def evaluations(policy: str, n: int) -> int:
     """How often a layer is computed in a step with n layers, the forward pass included.
 
-    Of scanned layers. Of those one after another XLA drops what nobody asks for: the last layer of
-    a segment, where it is the segment's result alone that is computed again.
+    Of scanned layers. Of layers one after another the compiler may leave out a segment's last.
     """
     segment, inside, tail, _ = cut(policy, n)
     if not segment:
         return n
     whole = n - tail
     return whole + whole // segment * evaluations(inside, segment) + evaluations(inside, tail)
+
+
+def unneeded(policy: str, n: int) -> int:
+    """Those of the evaluations for which no layer waits: what is last in them is not computed."""
+    segment, inside, tail, _ = cut(policy, n)
+    if not segment:
+        return 0
+    whole = n - tail
+    each = 1 if segment == 1 else unneeded(inside, segment)
+    return whole // segment * each + unneeded(inside, tail)
 
 
 def chain(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lsdl.errors import UserError
+from lsdl.models import remat
 from lsdl.models.moe import Experts
 from lsdl.planner import hlo, tree
 from lsdl.sharding.mesh import BATCH_AXES
@@ -34,7 +35,7 @@ def parameters(
     *,
     token_axes: Sequence[str] = TOKEN_AXES,
     accum: int = 1,
-    remat: bool = False,
+    policy: str = "none",
 ) -> Bounds:
     """What parameters and gradients need on the axes that split the batch's tokens, leaf by leaf.
 
@@ -42,9 +43,9 @@ def parameters(
     same where each keeps its part of the optimiser's state (`placements` of moments that are split
     further than their parameter): the gradient is reduced and scattered, (n-1)/n P, the new
     parameter gathered, (n-1)/n P. A leaf that the axes split: gathered for its use, (n-1)/n P, and
-    its gradient reduced and scattered, (n-1)/n P; with `remat` those in a stack of blocks are
-    gathered again. Axes such as tensor that split the leaf and not the tokens divide P, and so
-    does expert, where the tokens come to the leaf.
+    its gradient reduced and scattered, (n-1)/n P; those in a stack of blocks are gathered each time
+    that the remat `policy` computes their layer. Axes such as tensor that split the leaf and not
+    the tokens divide P, and so does expert, where the tokens come to the leaf.
 
     In `accum` microbatches gradients of split leaves are scattered in each, and the leaves of a
     scanned stack gathered in each; the others are sums that wait, and weights that stay.
@@ -53,7 +54,7 @@ def parameters(
     bounds = Counter()
     moments = _moment_axes(placements, sizes)
 
-    def add(kind: str, axes: Iterable[str], nbytes: float, times: int = 1) -> None:
+    def add(kind: str, axes: Iterable[str], nbytes: float, times: float = 1) -> None:
         n = math.prod(sizes[axis] for axis in axes)
         name = "+".join(axis for axis in sizes if axis in axes)
         if n > 1:
@@ -66,9 +67,10 @@ def parameters(
         local = placement.nbytes / math.prod(sizes[axis] for axis in own)
         split = own & set(token_axes) - ({"expert"} if "experts" in placement.names else set())
         stacked = "layers" in placement.names
-        again = remat and "stack" in placement.path.split("/")
+        layers = _layers(placement, placements, sizes)
+        times = remat.evaluations(policy, layers) / layers if layers else 1
         whole = local * math.prod(sizes[axis] for axis in split)
-        add("all-gather", split, whole, (accum if stacked else 1) * (2 if again else 1))
+        add("all-gather", split, whole, (accum if stacked else 1) * times)
         add("reduce-scatter", split, local, accum)
         rest = {axis for axis in token_axes if sizes.get(axis, 1) > 1} - own
         kept = rest & moments.get(placement.path, set())  # axes that split the moments alone
@@ -77,6 +79,17 @@ def parameters(
         add("all-reduce", rest - kept, part)
         add("all-gather", kept, local)
     return bounds
+
+
+def _layers(placement: Placement, placements: Sequence[Placement], sizes: Mapping[str, int]) -> int:
+    """How many blocks the stack has that the parameter is in, on one stage; 0: it is in none."""
+    before, found, after = placement.path.partition("/stack/")
+    if not found:
+        return 0
+    if after.startswith("blocks/"):
+        return placement.shape[0] // sizes.get("stage", 1)
+    inside = (p.path.removeprefix(before + found) for p in placements)
+    return len({path.partition("/")[0] for path in inside if path.startswith("block_")})
 
 
 def _axes(placement: Placement, sizes: Mapping[str, int]) -> set[str]:
@@ -98,20 +111,24 @@ def _moment_axes(placements: Sequence[Placement], sizes: Mapping[str, int]) -> d
 
 
 def tensor_parallel(
-    activation_bytes: float, t: int, *, layers: int, ends: int = 2, remat: bool = False
+    activation_bytes: float, t: int, *, layers: int, ends: int = 2, policy: str = "none"
 ) -> Bounds:
     """Transformer blocks split over `t` devices, heads and MLP by columns and then by rows.
 
     `activation_bytes` A: rows x length x width of the step, as one device has them. In each layer 4
     all-reduces of A: the results of attention's and the MLP's last product, and the gradients of
-    their inputs; with `remat` attention's result once more, which the MLP is computed again from.
+    their inputs. A layer that is computed again by the remat `policy` needs both results again; the
+    last time, where no other layer waits for it, attention's alone, which the MLP is computed from;
+    and none where the results of products are kept.
     `ends`: one for looking up a table split by its rows, where all but one device add zeros, and
     one for the gradient of the hidden states from logits split by their columns; 0 where the table
     is whole. Norms and residuals see whole activations: their parameters need nothing. With those
     split by length (tp_sp) each all-reduce is an all-gather and a reduce-scatter, of as many bytes.
     Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.
     """
-    times = layers * (5 if remat else 4) + ends
+    policy = "none" if policy.startswith("dots") else policy
+    again = remat.evaluations(policy, layers) - layers
+    times = 4 * layers + 2 * again - remat.unneeded(policy, layers) + ends
     return Counter({("all-reduce", "tensor"): times * hlo.WIRE["all-reduce"](activation_bytes, t)})
 
 
@@ -125,24 +142,25 @@ def pipeline(microbatch_bytes: float, *, microbatches: int, stages: int) -> Boun
     return Counter({("collective-permute", "stage"): 2 * ticks * microbatch_bytes})
 
 
-def ring_attention(key_value_bytes: float, n: int, *, layers: int, remat: bool = False) -> Bounds:
+def ring_attention(key_value_bytes: float, n: int, *, layers: int, policy: str = "none") -> Bounds:
     """Keys and values visit the other n - 1 devices, and their gradients travel back.
 
-    `key_value_bytes`: those of one layer that a device makes, both together. With `remat` they
-    travel forward twice. To gather them instead sends as much. Source: Liu et al. 2023, section 3.
+    `key_value_bytes`: those of one layer that a device makes, both together. They travel forward
+    each time that the remat `policy` computes a layer. To gather them instead sends as much.
+    Source: Liu et al. 2023, section 3.
     """
-    times = layers * (3 if remat else 2)
+    times = layers + remat.evaluations(policy, layers)
     return Counter({("collective-permute", "sequence"): times * (n - 1) * key_value_bytes})
 
 
-def experts(slot_bytes: float, n: int, *, layers: int, remat: bool = False) -> Bounds:
+def experts(slot_bytes: float, n: int, *, layers: int, policy: str = "none") -> Bounds:
     """Tokens travel to their experts and back, and so do their gradients.
 
     `slot_bytes`: those that one device sends of a layer, the slots of its sequences on all experts,
-    full or empty. With `remat` the tokens travel once more.
+    full or empty. The tokens travel each time that the remat `policy` computes a layer.
     Source: Lepikhin et al. 2021, section 3.
     """
-    times = layers * (6 if remat else 4)
+    times = 2 * (layers + remat.evaluations(policy, layers))
     return Counter({("all-to-all", "expert"): times * hlo.WIRE["all-to-all"](slot_bytes, n)})
 
 
@@ -214,16 +232,17 @@ def lower_bounds(experiment) -> Bounds:
     """What the layout of an `Experiment` needs.
 
     For its parameters and, in transformers over tokens, for tensor, sequence, expert and pipeline
-    parallelism. Nothing is said about others.
+    parallelism. Nothing is said about others. What rematerialisation computes again is that of
+    scanned layers; of layers one after another the compiler may leave out a segment's last.
     """
     sizes, placements = experiment.mesh.shape, experiment.placements
-    full = experiment.remat == "full"
-    bounds = parameters(placements, sizes, accum=experiment.accum, remat=full)
+    policy = experiment.remat
+    bounds = parameters(placements, sizes, accum=experiment.accum, policy=policy)
     if experiment.task.unit != "tokens":
         return bounds
     module, nbytes = experiment.module, activation_bytes(experiment)
     tensor, sequence = sizes["tensor"], sizes.get("sequence", 1)
-    stack = dict(layers=module.num_layers, remat=full)
+    stack = dict(layers=module.num_layers, policy=policy)
     if tensor > 1:
         tables = [p for p in placements if p.path.startswith("params/") and "vocab" in p.names]
         split = any("tensor" in _axes(table, sizes) for table in tables)
