@@ -209,7 +209,7 @@ def _training() -> list[Number]:
             flops / (gpus * gpt3_rate) / DAY_S,
             "days",
             f"{flops:.3g} FLOPs, each GPU as fast as in 90 A100-years of GPT-3",
-            f"what it took, at an MFU of {100 * mfu:.0f}% where GPT-3's has {100 * gpt3_rate / a100:.0f}%",
+            f"at an MFU of {100 * mfu:.0f}%; GPT-3's is {100 * gpt3_rate / a100:.0f}%",
         ),
         Number("its MFU in 8 days", None, mfu, "", "FLOPs / (GPUs x time x peak)"),
         Number("its GPU-hours", None, gpu_s / 3600, "hours", "1,480 x 8 days"),
