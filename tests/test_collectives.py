@@ -329,6 +329,27 @@ def test_bound_of_split_parameters():
     assert many["all-reduce", "fsdp"] == scale
 
 
+def test_bounds_are_of_the_width_that_the_step_computes_in():
+    leaves = [
+        leaf("params/split", 3200, "fsdp", shape=(800,)),
+        leaf("params/whole", 400, None, shape=(100,)),
+        leaf("params/kept", 80, None, shape=(20,)),
+        leaf("opt_state/0/mu/kept", 80, "data", shape=(20,)),
+    ]
+    sizes = {"data": 2, "fsdp": 4}
+    wide, narrow = (collectives.parameters(leaves, sizes, itemsize=size) for size in (4, 2))
+    assert (
+        wide
+        == collectives.parameters(leaves, sizes)
+        == collectives.parameters(leaves, sizes, itemsize=8)
+    )
+    gathered = ("all-gather", "data")  # the new parameter, as it is kept
+    assert narrow[gathered] == wide[gathered] == 1 / 2 * 80
+    assert narrow - collectives.Bounds({gathered: 40}) == collectives.Bounds(
+        {key: value / 2 for key, value in wide.items() if key != gathered}
+    )
+
+
 def test_bound_of_a_mixed_mesh_is_axis_by_axis():
     leaves = [leaf("params/k", 960, "fsdp", "tensor"), leaf("params/b", 240, None)]
     sizes = {"data": 3, "fsdp": 2, "tensor": 4}
@@ -371,7 +392,14 @@ def test_a_bill_says_what_its_bound_does_not_know():
     assert found[-1]["wire_bytes"] == sum(row["wire_bytes"] for row in found[:-1])
     total = collectives.bill(text, {"data": 2, "fsdp": 4}, bounds=bounds)[-1]
     assert total["lower_bound_bytes"] is None
-    assert "unknown" in collectives.table(found).splitlines()[-1]
+    lines = collectives.table(found).splitlines()
+    assert "unknown" in lines[5]
+    assert lines[6:] == [  # of rows whose bound is known, what sends more than it
+        "all-gather over data: 200 B beyond its bound, most in",
+        "        200 B  1 x f32[100] jit(f)/while/body/all-reduce(x)",
+        "all-reduce over data: 200 B beyond its bound, most in",
+        "        400 B  1 x f32[100] jit(f)/while/body/all-reduce(x)",
+    ]
 
 
 # Layouts against their bounds
@@ -457,7 +485,8 @@ def test_the_plan_has_the_bill(tmp_path, capsys):
     written = json.loads(file.read_text())
     assert err == ""
     assert written["mesh"]["data"] == 4
-    keys = {"kind", "axis", "count", "bytes", "wire_bytes", "lower_bound_bytes", "ratio"}
+    keys = {"kind", "axis", "count", "asynchronous", "bytes", "wire_bytes"}
+    keys |= {"lower_bound_bytes", "ratio", "largest"}
     assert [row.keys() for row in written["collectives"]] == [keys] * 2
     reduced, total = written["collectives"]
     assert (reduced["kind"], reduced["axis"]) == ("all-reduce", "data")

@@ -7,8 +7,8 @@ mesh is that of its parameters and that of each axis that splits something else.
 
 import contextlib
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ TOKEN_AXES = (*BATCH_AXES, "sequence")  # on them devices have different tokens
 Bounds = Counter[tuple[str, str]]
 # Machine code that need not be fast: the program and its collectives are the same.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+OVER = 1.05  # times its bound: a row that has to say why
 MOST_VIRTUAL = 64  # CPU devices that one process stands in for
 
 
@@ -36,6 +37,7 @@ def parameters(
     token_axes: Sequence[str] = TOKEN_AXES,
     accum: int = 1,
     policy: str = "none",
+    itemsize: int | None = None,
 ) -> Bounds:
     """What parameters and gradients need on the axes that split the batch's tokens, leaf by leaf.
 
@@ -46,6 +48,9 @@ def parameters(
     its gradient reduced and scattered, (n-1)/n P; those in a stack of blocks are gathered each time
     that the remat `policy` computes their layer. Axes such as tensor that split the leaf and not
     the tokens divide P, and so does expert, where the tokens come to the leaf.
+
+    `itemsize`: bytes of an element as the step computes with it, where it is kept in more; only
+    the new parameter is gathered as it is kept.
 
     In `accum` microbatches gradients of split leaves are scattered in each, and the leaves of a
     scanned stack gathered in each; the others are sums that wait, and weights that stay.
@@ -64,7 +69,9 @@ def parameters(
         if not placement.path.startswith("params/"):
             continue
         own = _axes(placement, sizes)
-        local = placement.nbytes / math.prod(sizes[axis] for axis in own)
+        kept_bytes = placement.nbytes / math.prod(sizes[axis] for axis in own)
+        narrower = (itemsize or math.inf) * math.prod(placement.shape) / placement.nbytes
+        local = kept_bytes * min(1, narrower)
         split = own & set(token_axes) - ({"expert"} if "experts" in placement.names else set())
         stacked = "layers" in placement.names
         layers = _layers(placement, placements, sizes)
@@ -77,7 +84,7 @@ def parameters(
         part = local / math.prod(sizes[axis] for axis in kept)
         add("reduce-scatter", kept, part)
         add("all-reduce", rest - kept, part)
-        add("all-gather", kept, local)
+        add("all-gather", kept, kept_bytes)
     return bounds
 
 
@@ -173,10 +180,14 @@ def bill(
     `bytes` are of results, `wire_bytes` what one device sends; of arrays of at least `least_bytes`.
     `lower_bound_bytes` is 0 for what the layout could do without, and None on axes that `bounds`
     does not know. `ratio` is that of wire bytes to the lower bound, where there are both.
+    `largest`: of a row beyond its bound by 5%, the instructions that send most.
     """
     rows = {key: [0, 0, 0, 0.0] for key in bounds}
+    sources = defaultdict(Counter)
     for one in hlo.collectives(text, sizes):
         if nbytes := one.nbytes(least_bytes):
+            source = f"{one.times} x {one.shape} {one.op_name}".strip()
+            sources[one.kind, one.axis][source] += round(one.wire_bytes(least_bytes))
             row = rows.setdefault((one.kind, one.axis), [0, 0, 0, 0.0])
             more = (one.times, one.times * one.asynchronous, nbytes, one.wire_bytes(least_bytes))
             row[:] = map(sum, zip(row, more, strict=True))
@@ -195,6 +206,11 @@ def bill(
             "wire_bytes": round(wire),
             "lower_bound_bytes": None if lost else round(bound),
             "ratio": wire / bound if wire and bound and not lost else None,
+            "largest": [
+                {"what": what, "wire_bytes": wire_bytes}
+                for what, wire_bytes in sources[kind, axis].most_common(3)
+                if not lost and wire > OVER * bound
+            ],
         }
 
     total = [sum(column) for column in zip([0, 0, 0, 0.0], *rows.values(), strict=True)]
@@ -223,9 +239,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     justify = (str.ljust, str.ljust, *(str.rjust,) * 6)
     return "\n".join(
-        "  ".join(f(word, width) for f, word, width in zip(justify, line, widths, strict=True))
-        for line in lines
+        (
+            *(
+                "  ".join(
+                    f(word, width) for f, word, width in zip(justify, line, widths, strict=True)
+                )
+                for line in lines
+            ),
+            *_beyond(rows),
+        )
     )
+
+
+def _beyond(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines on rows that send more than their bound, where it is more than 1% of all."""
+    for row in rows:
+        over = row["wire_bytes"] - (row["lower_bound_bytes"] or 0)
+        if row["largest"] and over > rows[-1]["wire_bytes"] / 100:
+            yield f"{row['kind']} over {row['axis']}: {tree.binary(over)} beyond its bound, most in"
+            for one in row["largest"]:
+                yield f"  {tree.binary(one['wire_bytes']):>11}  {one['what']}"
 
 
 def lower_bounds(experiment) -> Bounds:
@@ -237,7 +270,8 @@ def lower_bounds(experiment) -> Bounds:
     """
     sizes, placements = experiment.mesh.shape, experiment.placements
     policy = experiment.remat
-    bounds = parameters(placements, sizes, accum=experiment.accum, policy=policy)
+    itemsize = jnp.dtype(experiment.module.dtype).itemsize
+    bounds = parameters(placements, sizes, accum=experiment.accum, policy=policy, itemsize=itemsize)
     if experiment.task.unit != "tokens":
         return bounds
     module, nbytes = experiment.module, activation_bytes(experiment)

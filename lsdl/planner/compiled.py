@@ -6,6 +6,7 @@ the compilers disturb the process that they are in and may end it. `work` is wha
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,49 +31,46 @@ HASTE = {
     "gpu": {},
     "tpu": {"exec_time_optimization_effort": -1.0},
 }
-# For a TPU's program that was refused: compiled for more memory it can be read.
-ROOMY = {"xla_tpu_max_hbm_size_mib": str(2**24)}
 
 
-def compiled(experiment, target: hardware.Target) -> Answer:
+def compiled(experiment, target: hardware.Target, *, dump: Path | None = None) -> Answer:
     """The train step of `experiment`, which was built on the target's devices, compiled for them.
 
     "compiled": bytes of one device. `limit_bytes` and `fits` are None where the device's memory is
-    unknown. Where the compiler fails it has `error` in their place; that the program is too large
-    is no failure, and the bytes are then those that it would have with enough memory.
-    "collectives": the bill, or None where the program's text cannot be had: "unread" says why.
+    unknown. Where the compiler fails it has `error` in place of both; that the program is too large
+    is no failure. "collectives": the bill, or None where the program's text cannot be had: "unread"
+    says why. `dump` is a folder that the compiler writes its texts to (`toolchain.environment`).
     """
     kind = target.device.kind
     state, batch = experiment.abstract_state, experiment.abstract_batch
     lowered = experiment.train_step.lower(state, batch, platforms=(topology.PLATFORMS[kind],))
+    rows, limit = largest.arguments(state, batch), target.memory_bytes
     head = {"target": target.text, "device_count": target.count}
-    limit, refused, start = target.memory_bytes, False, time.perf_counter()
+    program, start = None, time.perf_counter()
     try:
-        try:
-            program = lowered.compile(HASTE[kind])
-        except jax.errors.JaxRuntimeError as error:
-            if kind != "tpu" or not (over := oom.parse(str(error))):
-                raise
-            refused, limit = True, over[1]
-            program = lowered.compile({**HASTE[kind], **ROOMY})
+        program = lowered.compile(HASTE[kind])
+        head |= _bytes(program, limit)
     except jax.errors.JaxRuntimeError as error:
-        why = "\n".join(str(error).splitlines()[:3])
-        return {"compiled": {**head, "error": why}, "collectives": None, "unread": why}
-    numbers = _bytes(program, limit, refused)
-    numbers["compile_s"] = time.perf_counter() - start
-    rows = largest.arguments(state, batch)
+        if not (refusal := oom.parse(str(error))):
+            why = " ".join(str(error).splitlines()[:3])
+            return {"compiled": {**head, "error": why}, "collectives": None, "unread": why}
+        head |= oom.numbers(refusal, *map(_argument_bytes, (state, batch)))
+    head["compile_s"] = time.perf_counter() - start
     try:
-        text = program.as_text()
+        text = _text(program, dump)
         rows += largest.temporaries(text)
-        mesh = experiment.mesh.shape
-        bill = collectives.bill(text, mesh, bounds=collectives.lower_bounds(experiment))
-        told = {"collectives": bill}
-    except (jax.errors.JaxRuntimeError, UserError) as error:
+        bounds = collectives.lower_bounds(experiment)
+        told = {"collectives": collectives.bill(text, experiment.mesh.shape, bounds=bounds)}
+    except (jax.errors.JaxRuntimeError, UserError, FileNotFoundError) as error:
         told = {"collectives": None, "unread": str(error).splitlines()[0]}
-    return {"compiled": {**head, **numbers, "largest": largest.top(rows)}, **told}
+    return {"compiled": {**head, "largest": largest.top(rows)}, **told}
 
 
-def _bytes(program: jax.stages.Compiled, limit: int | None, refused: bool) -> dict[str, Any]:
+def _argument_bytes(tree: Any) -> int:
+    return sum(row["bytes"] for row in largest.arguments(tree))
+
+
+def _bytes(program: jax.stages.Compiled, limit: int | None) -> dict[str, Any]:
     found = program.memory_analysis()
     argument, temporary = found.argument_size_in_bytes, found.temp_size_in_bytes
     output, aliased = found.output_size_in_bytes, found.alias_size_in_bytes
@@ -84,8 +82,19 @@ def _bytes(program: jax.stages.Compiled, limit: int | None, refused: bool) -> di
         "aliased_bytes": aliased,
         "needed_bytes": needed,
         "limit_bytes": limit,
-        "fits": None if limit is None else needed <= limit and not refused,
+        "fits": None if limit is None else needed <= limit,
     }
+
+
+def _text(program: jax.stages.Compiled | None, dump: Path | None) -> str:
+    """The optimised program; also where the compiler refused it, or jax cannot print it."""
+    if program is not None:
+        try:
+            return program.as_text()
+        except jax.errors.JaxRuntimeError:
+            if not dump:
+                raise
+    return oom.dumped(dump, "after_optimizations.txt").read_text()
 
 
 def work(path: Path, build: Callable[[str, Sequence[str], Sequence[jax.Device]], Any]) -> None:
@@ -98,11 +107,13 @@ def work(path: Path, build: Callable[[str, Sequence[str], Sequence[jax.Device]],
     with Path(request["answers"]).open("a") as file:
         for source, flags in request["variants"]:
             try:
-                answer = compiled(build(source, flags, topology.devices(target)), target)
+                experiment = build(source, flags, topology.devices(target))
+                answer = compiled(experiment, target, dump=Path(request["dump"]))
             except UserError as error:
                 answer = {"refused": str(error)}
             print(json.dumps(answer), file=file, flush=True)
             jax.clear_caches()
+            shutil.rmtree(request["dump"], ignore_errors=True)
 
 
 def ask(source: str, flags: Sequence[str], target: str, *, file: Path | None = None) -> Answer:
@@ -144,14 +155,18 @@ def _process(
     variants: Sequence[Variant], target: hardware.Target, file: Path | None
 ) -> Iterator[Answer]:
     """The answers of one process; where it dies, that is its last one."""
-    given = toolchain.environment(target.device.kind, devices=target.count, given=os.environ)
     with tempfile.TemporaryDirectory(prefix="lsdl-plan-") as folder:
-        request, answers, log = (Path(folder) / name for name in ("request", "answers", "log"))
+        names = ("request", "answers", "log", "dump")
+        request, answers, log, dump = (Path(folder) / name for name in names)
+        given = toolchain.environment(
+            target.device.kind, devices=target.count, given=os.environ, dump=dump
+        )
         answers.touch()
         question = {
             "target": target.text,
             "hardware": file and str(file),
             "answers": str(answers),
+            "dump": str(dump),
             "variants": [(source, list(flags)) for source, flags in variants],
         }
         request.write_text(json.dumps(question))

@@ -38,6 +38,7 @@ CALLED = re.compile(
     r"|\b(?:branch|called)_computations=\{([^}]*)\}"
 )
 SCATTERED = re.compile(r"\bcalls=%?(all-reduce-scatter[\w.\-]*)")
+ARRAY = re.compile(r"\b(\w+)\[([^\]]*)\]")  # dtype and dims
 CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 NUMBER = re.compile(r"\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 BELOW = re.compile(r"\s+ROOT \S+ = pred\[\]\S* compare\(\S+, %?([\w.\-]+)\), direction=LT")
@@ -55,6 +56,7 @@ class Collective:
     times: int  # how often a run of the program does it
     op_name: str  # where the program's source has it: jax's scopes
     asynchronous: bool  # the device computes meanwhile
+    shape: str  # of its largest array: "f32[50304,256]"
 
     def nbytes(self, least_bytes: int = 0) -> int:
         """Result bytes of the program's run, in arrays of at least `least_bytes`."""
@@ -173,7 +175,7 @@ def _elements(shape: str) -> list[str]:
 def sizes_of(shape: str) -> list[int]:
     """The bytes of each array in a shape, tuples in tuples included."""
     parts = []
-    for dtype, dims in re.findall(r"\b(\w+)\[([^\]]*)\]", shape):
+    for dtype, dims in ARRAY.findall(shape):
         bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])
         size = math.prod(int(dim.removeprefix("<=")) for dim in dims.split(",") if dim)
         parts.append(-(-size * bits // 8))
@@ -206,7 +208,11 @@ def _collective(
         axis = axis_of(groups, sizes, whole=kind != "collective-permute")
         # Where nothing can be computed meanwhile a GPU's compiler says so at the start.
         alone = not start or '"is_sync":true' in rest
-        yield Collective(kind, axis, group, parts, times, name[1] if name else "", not alone)
+        arrays = ARRAY.findall(shape)
+        largest = arrays[parts.index(max(parts))] if parts else ("", "")
+        what = "{}[{}]".format(*largest)
+        name = name[1] if name else ""
+        yield Collective(kind, axis, group, parts, times, name, not alone, what)
 
 
 def _groups(rest: str, partitions: int) -> Groups:

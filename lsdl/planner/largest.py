@@ -28,11 +28,10 @@ def arguments(*trees: Any) -> list[Row]:
     """Of abstract trees with shardings: the part of each leaf that one device has."""
     rows = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(trees):
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            shape = leaf.sharding.shard_shape(leaf.shape)
-            path = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
-            nbytes = math.prod(shape) * leaf.dtype.itemsize
-            rows.append(row(path, shape, leaf.dtype.name, nbytes, "argument"))
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        path = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
+        nbytes = math.prod(shape) * leaf.dtype.itemsize
+        rows.append(row(path, shape, leaf.dtype.name, nbytes, "argument"))
     return rows
 
 

@@ -87,12 +87,13 @@ def check(kind: str) -> None:
         )
 
 
-def environment(kind: str, *, devices: int, given: Mapping[str, str]) -> dict[str, str]:
+def environment(kind: str, *, devices: int, given: Mapping[str, str], dump: Path) -> dict[str, str]:
     """`given`, and what a process needs to compile for `devices` devices of `kind`.
 
-    It sees CPUs alone, whatever there is, so that it neither takes nor waits for a device.
+    It sees CPUs alone, whatever there is, so that it neither takes nor waits for a device. Into the
+    folder `dump` a TPU's compiler writes the train step: of one that it refuses there is no more.
     """
-    place = folder()
+    place, flags = folder(), [given["XLA_FLAGS"]] if given.get("XLA_FLAGS") else []
     more = {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled for others cannot be kept
@@ -105,16 +106,14 @@ def environment(kind: str, *, devices: int, given: Mapping[str, str]) -> dict[st
             "TPU_SKIP_MDS_QUERY": "1",  # it would ask the cloud what machine this is, and wait
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process refuses to start
         }
+        flags.append(f"--xla_dump_to={dump} --xla_dump_hlo_as_text")
+        flags.append("--xla_dump_hlo_module_re=jit_train_step")
     if kind == "gpu":
-        flags = (
-            given.get("XLA_FLAGS", ""),
-            # Without a GPU nothing can be timed; and no toolkit of this machine is looked for.
-            "--xla_gpu_autotune_level=0",
-            f"--xla_gpu_cuda_data_dir={place / 'nvidia/cuda_nvcc'}",
-        )
-        more["XLA_FLAGS"] = " ".join(filter(None, flags))
+        # Without a GPU nothing can be timed; and no toolkit of this machine is looked for.
+        flags.append("--xla_gpu_autotune_level=0")
+        flags.append(f"--xla_gpu_cuda_data_dir={place / 'nvidia/cuda_nvcc'}")
         more["PJRT_NAMES_AND_LIBRARY_PATHS"] = f"cuda:{place / FILES['jax-cuda12-pjrt']}"
-    return {**given, **more}
+    return {**given, **more, "XLA_FLAGS": " ".join(flags)}
 
 
 def install() -> None:
