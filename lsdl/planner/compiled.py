@@ -44,12 +44,12 @@ def compiled(experiment, target: hardware.Target, *, dump: Path | None = None) -
     kind = target.device.kind
     state, batch = experiment.abstract_state, experiment.abstract_batch
     lowered = experiment.train_step.lower(state, batch, platforms=(topology.PLATFORMS[kind],))
-    rows, limit = largest.arguments(state, batch), target.memory_bytes
+    rows = largest.arguments(state, batch)
     head = {"target": target.text, "device_count": target.count}
     program, start = None, time.perf_counter()
     try:
         program = lowered.compile(HASTE[kind])
-        head |= _bytes(program, limit)
+        head |= memory(program, limit_bytes=target.memory_bytes)
     except jax.errors.JaxRuntimeError as error:
         if not (refusal := oom.parse(str(error))):
             why = " ".join(str(error).splitlines()[:3])
@@ -70,7 +70,8 @@ def _argument_bytes(tree: Any) -> int:
     return sum(row["bytes"] for row in largest.arguments(tree))
 
 
-def _bytes(program: jax.stages.Compiled, limit: int | None) -> dict[str, Any]:
+def memory(program: jax.stages.Compiled, *, limit_bytes: int | None = None) -> dict[str, Any]:
+    """What a compiled step needs on one device, and whether a device of `limit_bytes` has it."""
     found = program.memory_analysis()
     argument, temporary = found.argument_size_in_bytes, found.temp_size_in_bytes
     output, aliased = found.output_size_in_bytes, found.alias_size_in_bytes
@@ -81,8 +82,8 @@ def _bytes(program: jax.stages.Compiled, limit: int | None) -> dict[str, Any]:
         "output_bytes": output,
         "aliased_bytes": aliased,
         "needed_bytes": needed,
-        "limit_bytes": limit,
-        "fits": None if limit is None else needed <= limit,
+        "limit_bytes": limit_bytes,
+        "fits": None if limit_bytes is None else needed <= limit_bytes,
     }
 
 
