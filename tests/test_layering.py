@@ -73,7 +73,7 @@ LEVELS = [
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
         *("studies.backprop_variants", "studies.vectorisation"),
-        "studies.one_weird_trick",
+        *("studies.one_weird_trick", "studies.batch_choice"),
     ],
     ["laboratory"],
     ["train", "plan", "convert", "generate", "doctor", "study", "report"],
@@ -97,7 +97,7 @@ DOORS = {
     | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
     | {"studies.gradient_noise", "studies.stale_gradients", "studies.staleness"}
     | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
-    | {"studies.adam_minimum", "studies.explr"},
+    | {"studies.adam_minimum", "studies.explr", "studies.batch_choice"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
     "ml_collections": {"schema", "config", "checks", "components", "evaluation"}
