@@ -7,9 +7,9 @@ import pytest
 
 from lsdl import laboratory
 from lsdl.models.alexnet import AlexNet
-from lsdl.studies import one_weird_trick
+from lsdl.studies import batch_choice, digits, one_weird_trick
 
-NAMES = ("one_weird_trick",)
+NAMES = ("one_weird_trick", "batch_choice")
 # 1,000 of 64 bytes convolutions' and 4,000 dense, of which 3,000 can be split.
 SIZES = one_weird_trick.Sizes(1_000, 4_000, 3_000, features=10, hidden=20)
 
@@ -98,6 +98,80 @@ def test_claims_on_a_small_table(changed, lost):
     assert {id for id, claim in found.items() if not claim.holds} - own == lost
     assert np.isfinite(found["shared"].measured)
     assert set(one_weird_trick.figure(_table(**changed))) == {"traffic", "speedup"}
+
+
+BATCHES = (4, 16, 64, 256, 1024)
+
+
+def test_the_fit_finds_the_law_it_was_drawn_from():
+    least, critical = batch_choice.fit(BATCHES, 30 * (1 + 50 / np.array(BATCHES)))
+    assert (least, critical) == (pytest.approx(30, rel=2e-3), pytest.approx(50, rel=2e-3))
+
+
+@pytest.mark.parametrize(("critical", "machine"), [(10, 40), (100, 40), (100, 4)])
+def test_the_best_batch_is_between_the_critical_and_the_machines(critical, machine):
+    found = batch_choice.best_batch(BATCHES, 5 * (1 + critical / np.array(BATCHES)), machine)
+    assert found == pytest.approx((critical * machine) ** 0.5, rel=0.05)
+
+
+def test_the_best_batch_may_be_the_first_or_the_last():
+    assert batch_choice.best_batch(BATCHES, [1.0] * 5, 4) == 4
+    assert batch_choice.best_batch(BATCHES, 1 / np.array(BATCHES), 1e9) == 1024
+
+
+def test_the_first_look_below_the_target_counts_between_looks():
+    crossing = batch_choice._crossing
+    assert crossing(np.array([4.0, 2.0, 0.5]), 1.0) == pytest.approx(1.5)
+    assert crossing(np.array([0.9, 2.0]), 1.0) == 0
+    assert crossing(np.array([4.0, 2.0]), 1.0) == np.inf
+
+
+def test_tokens_that_h100s_need_and_that_pay():
+    """Austin et al. 2025: 2,200 in a node, 2,475 across; Kaplan et al. 2020: 2e8 / L^4.76."""
+    assert batch_choice.busy_tokens(8) / 8 == pytest.approx(2_200 * 7 / 8, rel=2e-3)
+    assert batch_choice.busy_tokens(4096) / 4096 == pytest.approx(2_475, rel=2e-3)
+    assert batch_choice.critical_tokens(1.0) == 2e8
+    assert batch_choice.critical_tokens(2.0) == pytest.approx(7.37e6, rel=1e-2)
+
+
+def _steps_table(criticals=(40.0, 160.0), scale=1.0):
+    """Runs that follow the law, the second rate the better one, the first without an end."""
+    table = [
+        {
+            "batch_size": size,
+            "steps_to": [[[None, 10 * (1 + c / size), 99_999.0]] * 2 for c in criticals],
+        }
+        for size in BATCHES
+    ]
+    return [*table, {"noise_scale": [[scale * c] * 2 for c in criticals]}]
+
+
+@pytest.mark.parametrize(
+    ("changed", "lost"),
+    [
+        ({}, set()),
+        ({"scale": 20.0}, {"noise"}),
+        ({"criticals": (40.0, 40.0)}, {"critical", "phase", "kept"}),
+    ],
+)
+def test_claims_on_runs_that_follow_the_law(changed, lost):
+    found = {claim.id: claim for claim in batch_choice.claims(_steps_table(**changed))}
+    assert list(found) == list(batch_choice.EXPECTED)
+    assert {id for id, claim in found.items() if not claim.holds} == lost
+    assert found["law"].measured < 0.01
+    assert found["law"].n == 2
+    assert len(batch_choice.figure(_steps_table(**changed))) == 3
+
+
+def test_a_curve_is_that_of_its_rate():
+    net = digits.Classifier(batch_choice.HIDDEN)
+    start_FS = jax.tree.map(lambda x: x[None], net.init(digits.keys(1)))
+    id_STB = np.zeros((1, 4, 8), np.int32) + np.arange(8)
+    (loss_RP,) = batch_choice._curves(start_FS, id_STB, np.float32([0.0, 0.05]), every=2)[0]
+    assert loss_RP.shape == (2, 3)
+    np.testing.assert_allclose(loss_RP[0], loss_RP[0, 0], rtol=1e-6)
+    assert loss_RP[1, 0] == loss_RP[0, 0]
+    assert loss_RP[1, 0] != loss_RP[1, 1] != loss_RP[1, 2]
 
 
 # What is known not to hold, with three seeds. AlexNet's two groups leave the convolutions 3.8% of
