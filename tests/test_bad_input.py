@@ -166,6 +166,8 @@ CASES = {
     "rules": (["--config.rules=fdsp"], ["rules='fdsp'", "'fsdp'"]),
     "partitioner": (["--config.partitioner=pjit"], ["partitioner='pjit'", "'jit'"]),
     "remat": (["--config.remat=dot"], ["remat='dot'", "'dots'"]),
+    "remat's number": (["--config.remat=every:0"], ["remat='every:0'", "every:4"]),
+    "remat's names": (["--config.remat=names:mlp"], ["'names:mlp'", "mlp_hidden, mlp_out, mlp_up"]),
     "precision": (["--config.precision=float16"], ["precision='float16'", "'bfloat16'"]),
     "model": (["--config.model.name=vitt"], ["model.name='vitt'", "'vit'"]),
     "another model's fields": (["--config.model.name=mlp"], ["model mlp has no field"]),

@@ -323,6 +323,10 @@ def test_bound_of_split_parameters():
     assert bounds["all-reduce", "fsdp"] == scale
     assert bounds.total() == 2 * 3 / 4 * 2800 + scale
     assert gather(policy="full") == 3 / 4 * (2 * 2400 + 400)
+    assert gather(policy="dots") == gather(policy="names:attn_out") == gather(policy="full")
+    # Of the scanned stack's 8 layers 2 are the tail of segments of 3; the other stack is one layer.
+    assert gather(policy="every:3") == 3 / 4 * ((2 - 2 / 8) * 1600 + 2 * 800 + 400)
+    assert gather(policy="sqrt") == 3 / 4 * (3 * 1600 + 2 * 800 + 400)
     assert gather(accum=2) == 3 / 4 * (2 * 1600 + 800 + 400)
     many = collectives.parameters(leaves, sizes, accum=2)
     assert many["reduce-scatter", "fsdp"] == 2 * 3 / 4 * 2800
@@ -359,6 +363,20 @@ def test_bound_of_a_mixed_mesh_is_axis_by_axis():
         ("all-reduce", "data"): 2 * 2 / 3 * 120,
         ("all-reduce", "data+fsdp"): 2 * 5 / 6 * 240,
     }
+
+
+@pytest.mark.parametrize(
+    ("policy", "reduced", "forward"),
+    [  # all-reduces of a layer's results; how often its keys and tokens travel forward
+        *(("none", 2, 1), ("full", 3, 2), ("names:mlp_up", 3, 2), ("dots", 2, 2)),
+        *(("every:4", 4, 2), ("sqrt", 5, 3), ("poor", 2 * 4.5 - 1 / 8, 4.5)),
+    ],
+)
+def test_what_is_computed_again_is_sent_again(policy, reduced, forward):
+    own = dict(layers=8, policy=policy)
+    assert collectives.tensor_parallel(1, 2, ends=0, **own).total() == 8 * (2 + reduced)
+    assert collectives.ring_attention(1, 2, **own).total() == 8 * (1 + forward)
+    assert collectives.experts(2, 2, **own).total() == 8 * 2 * (1 + forward)
 
 
 def test_bounds_of_activations():

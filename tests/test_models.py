@@ -297,55 +297,6 @@ def test_gelu_and_its_slope_are_exact():
     assert layers.ACTIVATIONS["gelu"](jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-# --- rematerialisation -------------------------------------------------------------------
-
-
-def grads(model):
-    """The gradient as a function of the parameters, and parameters."""
-    x = images(4)
-    variables = values(model, x, train=False)
-
-    def loss(params):
-        rest = {name: value for name, value in variables.items() if name != "params"}
-        logits, _ = model.apply(
-            {"params": params, **rest},
-            x,
-            train=True,
-            rngs={"dropout": jax.random.key(2)},
-            mutable=list(rest),
-        )
-        return (logits**2).sum()
-
-    return jax.grad(loss), variables["params"]
-
-
-@functools.cache
-def gradient(name, dropout, policy):
-    fields = {"resnet": {}, "vit": dict(num_layers=1)}.get(name, dict(dropout=dropout))
-    function, params = grads(MODELS[name](remat=policy, **fields))
-    return jit(function)(params)
-
-
-@pytest.mark.parametrize("policy", ["full", "dots"])
-@pytest.mark.parametrize(
-    ("name", "dropout"), [("mlp", 0.5), ("vit", 0.0), ("vit scan", 0.5), ("resnet", 0.0)]
-)
-def test_remat_changes_no_number(name, dropout, policy):
-    plain = gradient(name, dropout, "none")
-    close(gradient(name, dropout, policy), plain, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["mlp", "vit", "vit scan", "resnet"])
-def test_remat_recomputes_what_it_says(name):
-    """full computes the forward products twice; dots none of them."""
-    found = {}
-    for policy in ("none", "full", "dots"):
-        function, params = grads(MODELS[name](remat=policy))
-        jaxpr = jax.make_jaxpr(function)(params).jaxpr
-        found[policy] = sum(1 for _ in products(jaxpr))
-    assert found["none"] == found["dots"] < found["full"]
-
-
 # --- dropout --------------------------------------------------------------------------------------
 
 

@@ -37,15 +37,18 @@ POLICIES = (
     *("none", "full", "dots", "dots_no_batch", "names:a,b", "offload:a,b"),
     *("sqrt", "every:k", "poor", "binomial", "auto"),
 )
-# The activations that blocks name, for names: and offload:.
+# The activations that blocks name, for names: and offload:. To keep one for which the backward
+# pass has no use saves no work.
 NAMES = {
     "query": "attention's queries, after the rotary embedding",
     "key": "attention's keys, after the rotary embedding",
     "value": "attention's values",
     "attn_out": "attention's weighted sum of the values, before the output projection",
+    "attn_proj": "what attention adds to the residual stream: the next norm's input is made of it",
     "mlp_gate": "the gate of a gated MLP, before the activation",
     "mlp_up": "the MLP's wide product, before the activation",
     "mlp_hidden": "what the MLP's last product sees",
+    "mlp_out": "what the MLP adds to the residual stream; a norm after it (BERT) needs it again",
     "conv": "a convolution's result, before its norm and activation",
     "dense": "a hidden dense layer's result, before its norm and activation",
 }
@@ -123,8 +126,9 @@ def cut(policy: str, n: int) -> Cut:
         segment = min(int(rest), n)
         return Cut(segment, "none", n % segment)
     if word == "sqrt":
-        # The fewest inputs, outside and inside; where that is equal, no tail.
-        segment = min(range(1, n + 1), key=lambda k: (n // k + k, n % k))
+        # The fewest inputs, outside and inside. A tail counts as two more: it is compiled apart,
+        # and cuts the stacked parameters in two.
+        segment = min(range(1, n + 1), key=lambda k: (n // k + k + 2 * (n % k > 0), n % k))
         return Cut(segment, "full" if segment > 1 else "none", n % segment)
     if word == "binomial":
         return _binomial(n)

@@ -159,7 +159,7 @@ class Attention(nn.Module):
         out = style.make_dense(
             width, ("heads", "embed"), dtype=self.dtype, name="out", residual=True
         )
-        return out(y_BLHK.reshape(x_BLD.shape))
+        return remat.name(out(y_BLHK.reshape(x_BLD.shape)), "attn_proj")
 
 
 class Mlp(nn.Module):
@@ -203,7 +203,8 @@ class Mlp(nn.Module):
         places = ("experts", None) if self.each_expert else ("length",)
         h_BLF = nn.with_logical_constraint(h_BLF, ("batch", *places, "mlp"))
         h_BLF = remat.name(h_BLF, "mlp_hidden")
-        return make(x_BLD.shape[-1], ("mlp", "embed"), name="down", residual=True)(h_BLF)
+        down = make(x_BLD.shape[-1], ("mlp", "embed"), name="down", residual=True)
+        return remat.name(down(h_BLF), "mlp_out")
 
 
 class Mixture(nn.Module):
