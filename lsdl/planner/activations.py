@@ -13,6 +13,10 @@ length, N layers, V vocabulary.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
+
+# tanh's derivative keeps 1 - tanh^2 alone since jax 0.12, and before that tanh and 1 - tanh.
+_GELU_TANH = 5 if jax.__version_info__ >= (0, 12) else 6
 # What an activation function's derivative keeps of F numbers, its input and its result included:
 # (how many times F numbers, how many times F bytes). With `gated`, the other factor and the product
 # besides.
@@ -22,7 +26,7 @@ KEPT = {
     "elu": (2, 2),
     "silu": (4, 0),
     "gelu": (2, 0),  # with a derivative of its own (models/layers.py)
-    "gelu_tanh": (6, 0),
+    "gelu_tanh": (_GELU_TANH, 0),
     "quick_gelu": (4, 0),
 }
 
