@@ -51,13 +51,14 @@ def arrays(
     return 1.2 * width**-0.5 * weight_NDD, x_BD
 
 
-def program(length: int, policy: str) -> Program:
+def program(length: int, policy: str, *, batch: int = BATCH) -> Program:
     """Compile the gradient of `length` layers: bytes from the compiler, products from the jaxpr."""
-    traced = jax.jit(gradient(policy)).trace(*jax.eval_shape(lambda: arrays(length)))
-    products = count.count(traced.jaxpr.jaxpr).total() / (2 * BATCH * WIDTH * WIDTH)
+    shapes = jax.eval_shape(lambda: arrays(length, batch=batch))
+    traced = jax.jit(gradient(policy)).trace(*shapes)
+    products = count.count(traced.jaxpr.jaxpr).total() / (2 * batch * WIDTH * WIDTH)
     temporary_bytes = traced.lower().compile().memory_analysis().temp_size_in_bytes
     # Two of a layer's products are those for its gradients.
-    return Program(temporary_bytes / (4 * BATCH * WIDTH), products / length - 2)
+    return Program(temporary_bytes / (4 * batch * WIDTH), products / length - 2)
 
 
 def kept(length: int) -> int:
