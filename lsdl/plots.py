@@ -112,6 +112,10 @@ class Figure:
         text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
         return re.sub(r"^(<svg [^>]*>)", lambda m: m[1] + words, text)
 
+    def _repr_html_(self) -> str:
+        """In a notebook a figure is its drawing."""
+        return self.svg()
+
     def save(self, path: str | Path) -> None:
         """Write `path`, an .svg or a .png by its name."""
         path = Path(path)

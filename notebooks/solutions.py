@@ -28,4 +28,27 @@ SOLUTIONS = {
             {"nothing": 1, "pmean gradient": 1, "psum gradient": 8, "pmean loss": 1 / 8},
         ),
     },
+    "03_remat": {
+        "segments": (
+            # 36 evaluations forward, and in each of 6 segments all nodes but the last again; 6
+            # checkpoints and the 5 others of a segment. The last segment's 5 need not be repeated.
+            {"evaluations": 36 + 6 * 5, "stored": 6 + 5, "evaluations, last kept": 36 + 5 * 5},
+            {"evaluations": 2 * 36, "stored": 2 * 6, "evaluations, last kept": 36 + 6 * 5},
+        ),
+        "ratios": (
+            # 1 product forward and 2 back; one more evaluation under full, two under sqrt. With
+            # both names queries, keys and values, the scores and what follows attn_out are left.
+            {
+                "chain, full": 4 / 3,
+                "chain, sqrt": 5 / 3,
+                "blocks, both names": 1 + (3 + 2 + 1) / 48,
+            },
+            {"chain, full": 1.5, "chain, sqrt": 4 / 3, "blocks, both names": 1 + (3 + 1) / 48},
+        ),
+        "best_segment": (
+            # The power of two next to sqrt(64 / r), with r = 10 or 11 by the version of jax.
+            {"layers of a segment": 2},
+            {"layers of a segment": 8},
+        ),
+    },
 }

@@ -45,7 +45,7 @@ FIGURES = {
 def test_a_figure_is_one_self_contained_element_and_the_same_each_time(name):
     figure = FIGURES[name]
     svg = figure.svg()
-    assert svg == figure.svg()
+    assert svg == figure.svg() == figure._repr_html_()
     root = ET.fromstring(svg)
     assert root.tag == f"{SVG}svg"
     assert root.find(f"{SVG}title").text == figure.title

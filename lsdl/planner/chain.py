@@ -51,6 +51,7 @@ def arrays(
     return 1.2 * width**-0.5 * weight_NDD, x_BD
 
 
+@functools.cache  # a program is compiled once
 def program(length: int, policy: str, *, batch: int = BATCH) -> Program:
     """Compile the gradient of `length` layers: bytes from the compiler, products from the jaxpr."""
     shapes = jax.eval_shape(lambda: arrays(length, batch=batch))
