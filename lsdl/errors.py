@@ -3,6 +3,7 @@
 import sys
 
 FINISHED = 0
+DOES_NOT_FIT = 1  # the plan is not for the target it was made for
 BAD_INPUT = 2
 NO_COMPILER = 3  # for the devices of a target
 UNREACHABLE = 69  # the processes of the job did not find one another

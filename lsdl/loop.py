@@ -22,13 +22,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lsdl import prediction
 from lsdl.checkpoint import Checkpoints, load_weights, merged
 from lsdl.data.dataset import SPLITS
 from lsdl.experiment import Experiment
 from lsdl.metrics import JsonLines, TensorBoard, Writers, fetched, means, read_rows
 from lsdl.processes import is_main, same_on_all
 from lsdl.progress import Progress
-from lsdl.rundir import RunDir
+from lsdl.rundir import RunDir, write_json
 from lsdl.state import TrainState
 from lsdl.step import TEACHER, as_weights, variables_of
 
@@ -101,7 +102,7 @@ def run(experiment: Experiment, folder: RunDir) -> Outcome:
         state = _initial(experiment, checkpoints, first)
         writers = _writers(folder, experiment, after_step=first)
         with StopRequest() as stop:
-            outcome = _train(experiment, state, first, writers, checkpoints, stop)
+            outcome = _train(experiment, state, first, folder, writers, checkpoints, stop)
         if outcome.signal is None:
             # The last step has evaluated valid already, unless a run before this one took it.
             splits = [split for split in FINAL if split != "valid" or first == outcome.step]
@@ -177,6 +178,7 @@ def _train(
     experiment: Experiment,
     state: TrainState,
     first: int,
+    folder: RunDir,
     writers: Writers,
     checkpoints: Checkpoints,
     stop: StopRequest,
@@ -185,6 +187,7 @@ def _train(
     if first >= last:
         return Outcome(first, state=state)
     programs, ramp = _compiled(experiment, first), experiment.ramp
+    predicted = _predicted(experiment, programs, folder)
     batches = experiment.train_loader().batches(first, last)
     counted = dict(size=ramp.examples_before, unit="example") if len(ramp.phases) > 1 else {}
     progress = Progress(first, last, experiment.name, silent=not is_main(), **counted)
@@ -204,6 +207,7 @@ def _train(
             row = values | task.derive(values)
             row |= {"examples_seen": examples_seen, "step_time_s": rate}
             row["examples_per_s"] = batch_size / rate
+            row |= prediction.measured(predicted, row["examples_per_s"])
             if task.unit != "examples":
                 units = task.units_per_example
                 row[f"{task.unit}_seen"] = examples_seen * units
@@ -252,6 +256,13 @@ def _compiled(experiment: Experiment, first: int) -> dict[int, Callable]:
         for phase in experiment.phases
         if phase.first_step >= now
     }
+
+
+def _predicted(experiment: Experiment, programs: dict[int, Callable], folder: RunDir) -> dict:
+    predicted = prediction.make(experiment, programs)
+    if is_main():
+        write_json(folder.plan, predicted)
+    return predicted
 
 
 # The last rows of a complete run: the final state on every split.

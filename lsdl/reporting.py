@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lsdl import dynamics, page, plots
+from lsdl import dynamics, foresight, page, plots
 from lsdl.page import Markup, element
 from lsdl.runs import Group, Run, Table, brief, curve, differences, grouped, read_run
 
@@ -38,6 +38,7 @@ def runs_page(folders: Sequence[Path], *, title: str = "") -> str:
         ),
         page.section("Gradient noise", figures.row(noise), dynamics.noise_text(groups)),
         page.section("Throughput", figures.row(_throughput_figures(groups))),
+        page.section("Predicted and measured", foresight.section(runs)),
         page.section("Memory", *_memory(groups, figures)),
         page.section("What differs", _differences(runs)),
         page.section("Environment", _environments(runs)),

@@ -26,6 +26,7 @@ class RunDir:
         self.path = Path(path).expanduser().absolute()
         self.config = self.path / "config.json"
         self.env = self.path / "env.json"
+        self.plan = self.path / "plan.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"

@@ -52,7 +52,7 @@ def read_run(path: Path) -> Run:
     try:
         for row in read_rows(folder.metrics):
             rows[row["split"]].append(row)
-        others = [folder.env, folder.path / "plan.json"]
+        others = [folder.env, folder.plan]
         env, plan = (json.loads(f.read_text()) if f.exists() else {} for f in others)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not as lsdl writes it ({error!r}): mend it.") from error

@@ -54,12 +54,16 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
     # After the parser, so that --help and a mistyped flag cost no second.
     from lsdl import config as configs
-    from lsdl import loop, processes
+    from lsdl import loop, processes, remat_choice
     from lsdl.experiment import build
     from lsdl.rundir import RunDir
+    from lsdl.source import Source
 
-    config, given = configs.load(arguments.config, overrides)
+    source = Source(arguments.config, tuple(overrides))
+    source.load()  # what is mistyped is told before the processes meet
     processes.initialise(**flags(arguments))
+    source = processes.together(lambda: remat_choice.resolved(source))
+    config, given = source.load()
     experiment = processes.together(lambda: build(config))
     processes.together(experiment.check_data)
     folder = RunDir(arguments.workdir or f"runs/{experiment.name}")

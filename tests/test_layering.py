@@ -44,18 +44,12 @@ LEVELS = [
     ],
     ["step"],
     [
-        *(
-            "planner.count",
-            "planner.chain",
-            "planner.tree",
-            "planner.totals",
-            "planner.timetable",
-            "planner.hlo",
-        ),
-        "planner.residuals",
-        *("planner.collectives", "planner.devices", "planner.hardware", "planner.goodput"),
+        *("planner.count", "planner.chain", "planner.tree", "planner.totals", "planner.timetable"),
+        *("planner.hlo", "planner.residuals"),
+        *("planner.collectives", "planner.devices", "planner.hardware", "planner.present"),
+        "planner.goodput",
         *("planner.toolchain", "planner.topology", "planner.largest", "planner.oom"),
-        "planner.compiled",
+        *("planner.compiled", "planner.fit"),
         *("planner.scaling", "planner.published"),
         *("planner.activations", "planner.architecture", "planner.memory", "planner.analytic"),
         "planner.lectures",
@@ -64,8 +58,12 @@ LEVELS = [
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
         "analysis.clock",
     ],
-    ["checks", "components", "evaluation", "notes", "experiment"],
-    ["loop", "checkup", "sweep", "runs", "dynamics", "reporting", "verdict"],
+    ["checks", "components", "evaluation", "notes", "experiment", "source"],
+    [
+        *("remat_choice", "search", "planning"),
+        *("prediction", "loop", "checkup", "sweep"),
+        *("runs", "dynamics", "foresight", "reporting", "verdict"),
+    ],
     [
         *("studies.claim", "studies.digits"),
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
@@ -100,7 +98,7 @@ DOORS = {
     | {"studies.adam_minimum", "studies.explr", "studies.batch_choice"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
-    "ml_collections": {"schema", "config", "checks", "components", "evaluation"}
+    "ml_collections": {"schema", "config", "source", "checks", "components", "evaluation"}
     | {"notes", "experiment"},
     "matplotlib": {"plots"},
     "argparse": set(LEVELS[-1]),

@@ -71,8 +71,9 @@ def record(load, monkeypatch):
         experiment = dataclasses.replace(experiment, phases=(phase,), log_every_steps=1, **fields)
         monkeypatch.setattr(loop.jax, "device_get", lambda tree: jax.tree.map(np.asarray, tree))
         monkeypatch.setattr(loop, "evaluate", lambda *_, **__: log.append("eval") or {"loss": 1.0})
-        state = np.zeros(())
-        loop._train(experiment, state, 0, loop.Writers([]), Checkpoints(log), Stop(stop))
+        monkeypatch.setattr(loop, "_predicted", lambda *_: {})  # it looks into a real program
+        state, folder = np.zeros(()), None
+        loop._train(experiment, state, 0, folder, loop.Writers([]), Checkpoints(log), Stop(stop))
         return log
 
     return record

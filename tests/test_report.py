@@ -412,3 +412,13 @@ def test_a_browser_shows_it(kind, runs, study, tmp_path):
     assert pixels.shape == (1600, 1200, 3)
     line = [int(plots.PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
     assert (abs(pixels.astype(int) - line).max(-1) < 8).sum() > 300  # the first series' colour
+
+
+def test_a_run_has_its_prediction_beside_it(runs):
+    """Of the program that ran: `lsdl.report` shows it beside what was measured."""
+    run = kept.read_run(runs[0])
+    assert run.plan["parameters"] == run.plan["state_bytes_per_device"] // 12  # Adam, in float32
+    step = run.plan["compiled"]
+    assert step["needed_bytes"] > step["argument_bytes"] > run.plan["state_bytes_per_device"]
+    assert run.plan["model_flops_per_example"] == run.plan["step_flops_per_example"] > 0
+    assert "memory of a device" in reporting.runs_page(runs)

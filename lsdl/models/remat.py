@@ -21,6 +21,7 @@ and not its optimal schedule, whose segments are of all lengths and so no loops.
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,10 +33,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lsdl.errors import UserError, nearest
 
-# "auto" stands for one of the others, which is chosen before a model is made.
+# auto and auto:g stand for one of the others, which is chosen before a model is made: the one with
+# the least to compute again that fits into a device's memory, or into g GiB.
 POLICIES = (
     *("none", "full", "dots", "dots_no_batch", "names:a,b", "offload:a,b"),
-    *("sqrt", "every:k", "poor", "binomial", "auto"),
+    *("sqrt", "every:k", "poor", "binomial", "auto", "auto:g"),
 )
 # The activations that blocks name, for names: and offload:. To keep one for which the backward
 # pass has no use saves no work.
@@ -59,6 +61,8 @@ _seen: contextvars.ContextVar = contextvars.ContextVar("seen", default=None)
 def check(policy: str) -> str:
     """`policy`, if it is one. Raises `UserError`."""
     word, _, rest = policy.partition(":")
+    if policy == "auto" or re.fullmatch(r"auto:\d+(\.\d+)?", policy):
+        return policy
     forms = dict(form.split(":") if ":" in form else (form, "") for form in POLICIES)
     if word not in forms:
         raise UserError(f"remat={policy!r} is unknown; {nearest(policy, POLICIES)}")

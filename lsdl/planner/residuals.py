@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, Literal
 
 from lsdl.models import remat
 
@@ -15,13 +15,22 @@ def saved(function: Callable, *args: Any) -> int:
     `args` are abstract. What is an argument or does not depend on one is left out: inputs and
     parameters are in memory anyway, and constants are once for all layers.
     """
-    program = jax.make_jaxpr(lambda *args: jax.vjp(function, *args)[1])(*args).jaxpr
+    return kept_bytes(jax.make_jaxpr(lambda *args: jax.vjp(function, *args)[1])(*args).jaxpr)
+
+
+def kept_bytes(program: Jaxpr) -> int:
+    """The bytes of what `program` returns, without what it was given and what hangs on none of it.
+
+    Nor are keys of random numbers counted.
+    """
     depends = set(program.invars)
     for eqn in program.eqns:
         if any(not isinstance(v, Literal) and v in depends for v in eqn.invars):
             depends.update(eqn.outvars)
     kept = {v for v in program.outvars if not isinstance(v, Literal)}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in kept & depends - {*program.invars})
+    made = [v.aval for v in kept & depends - {*program.invars}]
+    is_key = lambda aval: jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return sum(one.size * one.dtype.itemsize for one in made if not is_key(one))
 
 
 def scan_bytes(

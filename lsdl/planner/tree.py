@@ -152,6 +152,11 @@ def device_bytes(tree: Any) -> int:
     )
 
 
+def whole_bytes(tree: Any) -> int:
+    """The bytes of an abstract tree, wherever they lie."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def binary(nbytes: int) -> str:
     """1536 -> '1.50 KiB'."""
     return _scaled(nbytes, 1024, ("", "Ki", "Mi", "Gi", "Ti", "Pi")) + "B"

@@ -1,0 +1,55 @@
+"""The devices that are there, as a target: what a run's predictions are made for."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lsdl.errors import UserError
+from lsdl.planner import devices as table
+from lsdl.planner.hardware import Target
+
+# What jax calls a device -> its row in the table. A card that is not listed has other peaks.
+KINDS = (
+    (r"V100-SXM\w*-32GB", "gpu", "v100-32"),
+    (r"V100-SXM\w*-16GB", "gpu", "v100-16"),
+    (r"A100-SXM\w*-80GB", "gpu", "a100-80"),
+    (r"A100-SXM\w*-40GB", "gpu", "a100-40"),
+    (r"H100 80GB HBM3", "gpu", "h100"),
+    (r"H200", "gpu", "h200"),
+    (r"B200", "gpu", "b200"),
+    (r"TPU v3", "tpu", "v3"),
+    (r"TPU v4$", "tpu", "v4"),
+    (r"TPU (v5 lite|v5e)", "tpu", "v5e"),
+    (r"TPU (v5|v5p)$", "tpu", "v5p"),
+    (r"TPU (v6 lite|v6e)", "tpu", "v6e"),
+    (r"TPU ?7x", "tpu", "7x"),
+)
+
+
+def target(devices: Sequence[Any]) -> Target | None:
+    """`devices` (jax's, all alike) as a target; None if the table does not know them.
+
+    GPUs are taken to fill their nodes, TPU chips to be the box that their coordinates span.
+    """
+    name = devices[0].device_kind
+    row = next(((kind, key) for form, kind, key in KINDS if re.search(form, name)), None)
+    if row is None:
+        return None
+    try:
+        device = table.find(*row)
+    except UserError:  # a generation that the table has no row of
+        return None
+    if device.kind == "gpu":
+        node = min(len(devices), int(device.node_devices.value))
+        return Target(device, (len(devices) // node, node))
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    spans = zip(*(d.coords for d in devices), strict=True)
+    shape = tuple(max(span) - min(span) + 1 for span in spans)[: len(device.pod)]
+    found = Target(device, shape, slices)
+    return found if found.count == len(devices) else None
+
+
+def memory_bytes(devices: Sequence[Any]) -> int | None:
+    """What a program may use of one device; None where the device does not tell (CPUs)."""
+    stats = devices[0].memory_stats() or {}
+    return stats.get("bytes_limit")
