@@ -1,5 +1,6 @@
 """Closed forms against the programs: parameters, FLOPs, what a block keeps, bytes of a device."""
 
+import dataclasses
 import json
 import math
 
@@ -351,6 +352,12 @@ def test_what_does_not_fit_says_so(built):
     parts = ("state_bytes", "batch_bytes", "gradient_bytes", "activation_bytes")
     assert memory["total_bytes"] == sum(memory[part] for part in parts)
     assert "does NOT fit in 79.11 GiB" in analytic.table(found)
+    pieces = analytic.estimate(dataclasses.replace(of, accum=8), hardware.parse("gpu:h100:1x8"))[
+        "memory"
+    ]
+    assert pieces["activation_bytes"] < memory["activation_bytes"] / 6
+    assert pieces["sum_bytes"] == pieces["gradient_bytes"] == memory["gradient_bytes"]
+    assert pieces["total_bytes"] == sum(pieces[part] for part in (*parts, "sum_bytes"))
 
 
 def test_moved_bytes_by_hand(built):

@@ -93,13 +93,16 @@ def _memory(experiment: Any, target: hardware.Target, notes: list[str]) -> dict[
             "time is of the state and the parameters alone"
         )
     moments = found[0] if found else None
-    # Once the activations are gone the gradients are there twice: before and after their reduction.
-    total = moments and state + batch + gradients + max(round(moments.peak), gradients)
+    # Microbatches' gradients are summed beside the sum. Once the activations are gone the gradients
+    # are there twice, before and after their reduction.
+    summed = gradients if experiment.accum > 1 else 0
+    total = moments and state + batch + gradients + summed + max(round(moments.peak), gradients)
     limit = target.memory_bytes
     return {
         "state_bytes": state,
         "batch_bytes": batch,
         "gradient_bytes": gradients,
+        "sum_bytes": summed,  # of the microbatches' gradients
         "activation_bytes": moments and round(moments.peak),
         "activations": moments and {k: round(v) for k, v in moments._asdict().items()},
         "total_bytes": total,
@@ -233,7 +236,8 @@ def _flops_line(found: Mapping[str, Any]) -> str:
 
 def _memory_line(sizes: Mapping[str, Any]) -> str:
     show = lambda nbytes: "unknown" if nbytes is None else tree.binary(nbytes)  # noqa: E731
-    parts = ("state", "gradient", "activation", "batch")
+    parts = ["state", "gradient", "activation", "batch"]
+    parts += ["sum"] if sizes["sum_bytes"] else []
     sums = ", ".join(f"{part} {show(sizes[f'{part}_bytes'])}" for part in parts)
     if sizes["fits"] is None:
         return sums
