@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsdl import laboratory
+from lsdl import experiment, laboratory
 from lsdl.models.alexnet import AlexNet
+from lsdl.planner import collectives
 from lsdl.studies import batch_choice, digits, one_weird_trick
 
 NAMES = ("one_weird_trick", "batch_choice")
@@ -40,6 +41,16 @@ def test_the_trick_sends_less_until_what_crosses_is_as_much_as_the_dense_paramet
 def test_on_data_alone_the_traffic_is_that_of_data_parallelism():
     sent = SIZES.sent(8, data=8, tensor=1, scattered=True)
     assert sent == {("all-reduce", "data"): 2 * 7 / 8 * 5_000}
+
+
+def test_the_bill_knows_who_sees_which_part_of_the_batch(load):
+    """Convolutions' gradients are those of all devices, dense ones' of the devices along data."""
+    layout = ("rules=one_weird_trick", "mesh=data=2,tensor=4")
+    built = experiment.build(load("imagenet_alexnet", *layout), devices=8)
+    sizes = one_weird_trick.sizes_of(built.abstract_state.params)
+    sent = sizes.sent(512, data=2, tensor=4, scattered=True)
+    whole = {key: sent[key] for key in (("all-reduce", "data"), ("all-reduce", "data+tensor"))}
+    assert collectives.lower_bounds(built) == pytest.approx(whole)
 
 
 def test_sizes_are_those_of_the_model():

@@ -271,7 +271,16 @@ def lower_bounds(experiment) -> Bounds:
     sizes, placements = experiment.mesh.shape, experiment.placements
     policy = experiment.remat
     itemsize = jnp.dtype(experiment.module.dtype).itemsize
-    bounds = parameters(placements, sizes, accum=experiment.accum, policy=policy, itemsize=itemsize)
+    further = _conv_axes(experiment.rules)
+    bounds = Counter()
+    for conv, axes in ((False, TOKEN_AXES), (True, (*TOKEN_AXES, *further))):
+        own = [
+            p
+            for p in placements
+            if not p.path.startswith("params/") or (p.names[-1:] == ("conv_out",)) == conv
+        ]
+        kept = dict(accum=experiment.accum, policy=policy, itemsize=itemsize)
+        bounds += parameters(own, sizes, token_axes=axes, **kept)
     if experiment.task.unit != "tokens":
         return bounds
     module, nbytes = experiment.module, activation_bytes(experiment)
@@ -294,6 +303,12 @@ def lower_bounds(experiment) -> Bounds:
         slots = number * own.capacity(length) / length  # for each token
         bounds += experts(slots * nbytes, sizes["expert"], **stack)
     return bounds
+
+
+def _conv_axes(rules: Sequence[tuple[str, Any]]) -> tuple[str, ...]:
+    """The axes that split convolutions' batches and no others: one_weird_trick has one."""
+    axes = next((axes_of(axes) for role, axes in rules if role == "conv_batch"), ())
+    return tuple(axis for axis in axes if axis not in TOKEN_AXES)
 
 
 def activation_bytes(experiment) -> int:

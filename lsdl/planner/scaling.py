@@ -35,7 +35,7 @@ class Work:
     model_flops: float  # of a unit, forward and backward
     extra_flops: float = 0.0  # of a unit, what rematerialisation computes again
     gathers: int = 2  # of each parameter in a step; 1: kept until the backward pass
-    reduces: int = 1  # of each gradient in a step: once for each microbatch
+    reduces: int = 1  # of each gradient in a step, where parameters are split: each microbatch
     weight_bytes: int = 2  # of a parameter as it is gathered
     gradient_bytes: int = 4  # of a gradient as it is reduced
     unit: str = "tokens"
@@ -73,9 +73,10 @@ def transformer(
 def work_of(numbers: Mapping[str, Any], experiment: Any) -> Work:
     """The work of an `Experiment` whose plan is `numbers` (`totals.make_plan`): FLOPs as counted.
 
-    Parameters are gathered as the model computes with them, gradients reduced in float32, in each
-    microbatch: as XLA does under jit.
+    Parameters and gradients travel as the model computes with them, those that are split in each
+    microbatch: the least, as in `collectives.lower_bounds`.
     """
+    itemsize = jnp.dtype(experiment.module.dtype).itemsize
     units = experiment.task.units_per_example
     model, step = (numbers[f"{name}_flops_per_example"] for name in ("model", "step"))
     return Work(
@@ -84,7 +85,8 @@ def work_of(numbers: Mapping[str, Any], experiment: Any) -> Work:
         extra_flops=(step - model) / units,
         gathers=experiment.accum * (1 if experiment.remat == "none" else 2),
         reduces=experiment.accum,
-        weight_bytes=jnp.dtype(experiment.module.dtype).itemsize,
+        weight_bytes=itemsize,
+        gradient_bytes=itemsize,
         unit=experiment.task.unit,
         units_per_example=units,
     )
@@ -166,7 +168,7 @@ def point(
             "all-gather": work.gathers * WIRE["all-gather"](nbytes, fsdp),
             "reduce-scatter": work.reduces * WIRE["reduce-scatter"](gradient_bytes, fsdp),
         },
-        "data": {"all-reduce": work.reduces * WIRE["all-reduce"](gradient_bytes, n // fsdp)},
+        "data": {"all-reduce": WIRE["all-reduce"](gradient_bytes, n // fsdp)},
     }
     unit_s = (work.model_flops + work.extra_flops) / peak
     parts_s = {"compute": unit_s * units_per_device}
