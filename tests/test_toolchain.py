@@ -240,10 +240,10 @@ def test_the_largest_are_what_lies_in_memory():
 # Who asks
 
 
-def test_a_step_compiled_for_these_cpus_is_reported():
+def test_a_step_compiled_for_these_cpus_is_reported(load):
     target = hardware.parse("cpu:8")
-    flags = ["--config.mesh=data=2,fsdp=4"]
-    built = experiment.on_devices(MLP, flags, topology.devices(target))
+    config = load("digits_mlp:smoke", "mesh=data=2,fsdp=4")
+    built = experiment.build(config, devices=topology.devices(target))
     answer = json.loads(json.dumps(compiled.compiled(built, target)))
     found, bill = answer["compiled"], answer["collectives"]
     arguments = largest.arguments(built.abstract_state, built.abstract_batch)

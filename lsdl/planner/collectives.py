@@ -258,7 +258,7 @@ def _beyond(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if row["largest"] and over > rows[-1]["wire_bytes"] / 100:
             yield f"{row['kind']} over {row['axis']}: {tree.binary(over)} beyond its bound, most in"
             for one in row["largest"]:
-                yield f"  {tree.binary(one['wire_bytes']):>11}  {one['what']}"
+                yield f"  {tree.binary(one['wire_bytes']):>11}  {one['what'][:150]}"
 
 
 def lower_bounds(experiment) -> Bounds:

@@ -24,14 +24,6 @@ from lsdl.planner import collectives, hardware, largest, oom, toolchain, topolog
 Variant = tuple[str, Sequence[str]]  # FILE[:VARIANT] of a config, --config.FIELD=VALUE flags
 Answer = dict[str, Any]  # of one experiment: {"compiled", "collectives"}, or {"refused": sentence}
 
-# The program that runs is scheduled with more care. Its memory and collectives are these within a
-# few percent, and it takes seven times as long to compile.
-HASTE = {
-    "cpu": collectives.QUICK,
-    "gpu": {},
-    "tpu": {"exec_time_optimization_effort": -1.0},
-}
-
 
 def compiled(experiment, target: hardware.Target, *, dump: Path | None = None) -> Answer:
     """The train step of `experiment`, which was built on the target's devices, compiled for them.
@@ -48,7 +40,7 @@ def compiled(experiment, target: hardware.Target, *, dump: Path | None = None) -
     head = {"target": target.text, "device_count": target.count}
     program, start = None, time.perf_counter()
     try:
-        program = lowered.compile(HASTE[kind])
+        program = lowered.compile(collectives.QUICK if kind == "cpu" else None)
         head |= memory(program, limit_bytes=target.memory_bytes)
     except jax.errors.JaxRuntimeError as error:
         if not (refusal := oom.parse(str(error))):
