@@ -89,6 +89,8 @@ def test_gpt3_on_a_node_of_gpus_scatters_its_gradients(partitioner):
 
 def test_what_is_too_large_for_a_gpu_is_told_from_its_bytes():
     found = ask("gpt3:125m", "data=1", "gpu:v100:1x1")["compiled"]
+    assert found["error"].endswith("use --config.precision=float32")
+    found = ask("gpt3:125m", "data=1", "gpu:v100:1x1", "precision=float32")["compiled"]
     assert found["fits"] is False
     assert found["needed_bytes"] > found["limit_bytes"]
     assert found["largest"][0]["bytes"] > GIB

@@ -22,6 +22,7 @@ from lsdl.errors import UserError
 from lsdl.planner import collectives, hardware, largest, oom, toolchain, topology
 
 Variant = tuple[str, Sequence[str]]  # FILE[:VARIANT] of a config, --config.FIELD=VALUE flags
+HINTS = {"ALG_DOT_BF16": ": it has no products in bfloat16, use --config.precision=float32"}
 Answer = dict[str, Any]  # of one experiment: {"compiled", "collectives"}, or {"refused": sentence}
 
 
@@ -44,7 +45,8 @@ def compiled(experiment, target: hardware.Target, *, dump: Path | None = None) -
         head |= memory(program, limit_bytes=target.memory_bytes)
     except jax.errors.JaxRuntimeError as error:
         if not (refusal := oom.parse(str(error))):
-            why = " ".join(str(error).splitlines()[:3])
+            why = " ".join(str(error).split("\n")[0].split())
+            why += next((hint for words, hint in HINTS.items() if words in why), "")
             return {"compiled": {**head, "error": why}, "collectives": None, "unread": why}
         head |= oom.numbers(refusal, *map(_argument_bytes, (state, batch)))
     head["compile_s"] = time.perf_counter() - start

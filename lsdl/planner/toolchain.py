@@ -106,7 +106,7 @@ def environment(kind: str, *, devices: int, given: Mapping[str, str], dump: Path
             "TPU_SKIP_MDS_QUERY": "1",  # it would ask the cloud what machine this is, and wait
             # The program that runs is scheduled with more care. Its memory and its collectives are
             # these within a few percent, and it takes several times as long to compile.
-            "JAX_OPTIMIZATION_LEVEL": "O1",
+            "JAX_OPTIMIZATION_LEVEL": "O0",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process refuses to start
         }
         flags.append(f"--xla_dump_to={dump} --xla_dump_hlo_as_text")
