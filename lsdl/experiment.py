@@ -328,11 +328,6 @@ def opened(path: str, overrides: Mapping[str, Any], *, devices: int = 1) -> Expe
     return build(load(path, given)[0], devices=jax.devices()[:devices])
 
 
-def on_devices(path: str, flags: Sequence[str], devices: Sequence[jax.Device]) -> Experiment:
-    """The experiment of the config file `path` with `--config.FIELD=VALUE` flags."""
-    return build(load(path, flags)[0], devices=devices)
-
-
 def reopen(fields: dict) -> Experiment:
     """The experiment of a run folder's stored fields, on one device, for the use of its model."""
     return build(from_json(fields | ALONE), devices=jax.devices()[:1])
