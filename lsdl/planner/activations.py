@@ -16,18 +16,17 @@ from typing import NamedTuple
 import jax
 
 # tanh's derivative keeps 1 - tanh^2 alone since jax 0.12, and before that tanh and 1 - tanh.
-_GELU_TANH = 5 if jax.__version_info__ >= (0, 12) else 6
-# What an activation function's derivative keeps of F numbers, its input and its result included:
-# (how many times F numbers, how many times F bytes). With `gated`, the other factor and the product
-# besides.
+_MORE = int(jax.__version_info__ < (0, 12))
+# What an MLP keeps of each of its F features, the activation's input and the result included:
+# (numbers, numbers where it is gated, bytes besides).
 KEPT = {
-    "relu": (1, 1),
-    "tanh": (2, 0),
-    "elu": (2, 2),
-    "silu": (4, 0),
-    "gelu": (2, 0),  # with a derivative of its own (models/layers.py)
-    "gelu_tanh": (_GELU_TANH, 0),
-    "quick_gelu": (4, 0),
+    "relu": (1, 3, 1),
+    "tanh": (2 + _MORE, 4, 0),
+    "elu": (2, 4, 2),
+    "silu": (4, 6, 0),
+    "gelu": (2, 4, 0),  # with a derivative of its own (models/layers.py)
+    "gelu_tanh": (5 + _MORE, 7 + _MORE, 0),
+    "quick_gelu": (4, 6, 0),
 }
 
 
@@ -100,9 +99,9 @@ def block(b: Block, length: int, itemsize: int) -> list[Line]:
     add("attention", "scores: probabilities", heads * length, itemsize, "heads")
     add("attention", "scores: sums", 2 * heads, 4, "heads")
     add("attention", "attention's result", width, itemsize, "heads")
-    numbers, signs = KEPT[b.activation]
+    plain, gated, signs = KEPT[b.activation]
     what = f"{b.activation} and its factors"
-    add("mlp", what, (numbers + 2 * b.gated) * wide, itemsize, "mlp")
+    add("mlp", what, (gated if b.gated else plain) * wide, itemsize, "mlp")
     if signs:
         add("mlp", f"{b.activation}'s signs", signs * wide, 1, "mlp")
     return lines
