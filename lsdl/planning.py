@@ -17,6 +17,7 @@ from lsdl.planner import (
     goodput,
     hardware,
     lectures,
+    published,
     scaling,
     timetable,
     totals,
@@ -229,8 +230,11 @@ def scaled(plan: Plan) -> None:
     )
     plan.numbers["scaling"] = found
     print(scaling.table(found))
-    picture = page.figure(scaling.figure(found).svg(prefix="scaling", themed=True), many=True)
-    plan.parts.append(page.section("Scaling", page.row(picture)))
+    for curve in published.of(target.device):
+        print(published.table(published.compare(curve)))
+    picture = scaling.figure(found, published.overlay(target.device))
+    svg = picture.svg(prefix="scaling", themed=True)
+    plan.parts.append(page.section("Scaling", page.row(page.figure(svg, many=True))))
 
 
 def failures(plan: Plan) -> None:

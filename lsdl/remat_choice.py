@@ -76,7 +76,12 @@ def rows(
     """
     found = _all_traced(lambda policy: source.varied(remat=policy).build(target.count))
     variants = [source.varied(remat=row["policy"]) for row in found]
-    answers = compiled.ask_all([(v.file, v.overrides) for v in variants], target.text, file=file)
+    answers = compiled.ask_all(
+        [(v.file, v.overrides) for v in variants],
+        target.text,
+        file=file,
+        told=lambda i, answer: _tell(f"remat={found[i]['policy']}: {fit.in_short(answer)}"),
+    )
     for row, answer in zip(found, answers, strict=True):
         row["needed_bytes"] = fit.needed_bytes(answer)
         row["fits"] = fit.verdict(answer, limit_bytes)

@@ -6,6 +6,7 @@ what the compiler says: memory that fits, FLOPs counted in the step, bytes on th
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -77,7 +78,8 @@ def run(
         left = [row for row in left if row not in chosen]
         variants = [source.varied(**_fields(row)) for row in chosen]
         asked = [(variant.file, variant.overrides) for variant in variants]
-        answers = compiled.ask_all(asked, target.text, file=file) if asked else ()
+        told = functools.partial(_tell, chosen)
+        answers = compiled.ask_all(asked, target.text, file=file, told=told) if asked else ()
         for row, variant, answer in zip(chosen, variants, answers, strict=True):
             row |= judged(answer, variant.build(target.count), target, limit_bytes=limit)
         if any(row["fits"] for row in chosen):
@@ -86,6 +88,11 @@ def run(
     for row in ranked[1:]:
         row["reason"] = row["reason"] or _worse(row, ranked[0])
     return ranked
+
+
+def _tell(rows: Sequence[Mapping[str, Any]], i: int, answer: Mapping[str, Any]) -> None:
+    layout = " ".join(f"{name}={value}" for name, value in _fields(rows[i]).items())
+    print(f"  {layout}: {fit.in_short(answer)}", file=sys.stderr)
 
 
 def _estimated(

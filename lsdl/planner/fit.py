@@ -28,6 +28,14 @@ def why(answer: Mapping[str, Any]) -> str:
     return answer.get("refused") or answer["compiled"].get("error", "")
 
 
+def in_short(answer: Mapping[str, Any]) -> str:
+    """What came out, in some words."""
+    if why(answer):
+        return why(answer)
+    step = answer["compiled"]
+    return f"{tree.binary(step['needed_bytes'])} on a device, in {step['compile_s']:.1f} s"
+
+
 def table(answer: Mapping[str, Any], limit_bytes: int | None = None) -> str:
     """Bytes, verdict, the largest tensors and the bill of collectives."""
     return "\n".join(_lines(answer, limit_bytes))

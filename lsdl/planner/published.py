@@ -102,9 +102,14 @@ CURVES = (
 )
 
 
+def of(device: hardware.Device) -> list[Curve]:
+    """The curves on that device."""
+    return [curve for curve in CURVES if curve.device == f"{device.kind}:{device.key}"]
+
+
 def overlay(device: hardware.Device) -> dict[str, tuple[list[int], list[float]]]:
     """{name: (devices, MFU)} of the curves on that device, for `scaling.figure`."""
-    found = [compare(curve) for curve in CURVES if curve.device == f"{device.kind}:{device.key}"]
+    found = [compare(curve) for curve in of(device)]
     return {
         one["name"].partition(",")[0]: (
             [row["devices"] for row in one["rows"]],

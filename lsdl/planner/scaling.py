@@ -14,9 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lsdl import plots
 from lsdl.errors import UserError
-from lsdl.planner import hardware
+from lsdl.planner import hardware, tree
 from lsdl.planner.hlo import WIRE
 
 MISSING = (
@@ -261,13 +260,15 @@ def _line(row: Mapping[str, Any]) -> str:
     return (
         f"{row['devices']:>9,}  {row['units_per_device']:>12,.0f}  "
         f"{row['least_units_per_device']:>8,.0f}  "
-        f"{f'{plots.word(low)} .. {plots.word(high)}':>21}  "
+        f"{f'{tree.decimal(low)} .. {tree.decimal(high)}':>21}  "
         f"{f'{mfu_low:.1%} .. {mfu_high:.1%}':>15}  {row['binds']}"
     )
 
 
-def figure(found: Mapping[str, Any], published: Mapping[str, tuple] | None = None) -> plots.Figure:
+def figure(found: Mapping[str, Any], published: Mapping[str, tuple] | None = None) -> Any:
     """MFU and throughput against devices; `published`: {label: (devices, MFU)} over the first."""
+    from lsdl import plots  # matplotlib takes a second, and only a figure needs it
+
     names = {"hidden": "all hidden", "exposed": "nothing hidden"}
     drawn = []
     for quantity, y, log in (
