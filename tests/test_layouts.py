@@ -83,8 +83,10 @@ def test_partitioners_give_the_one_device_curve(load, one_device, partitioner):
     assert_equal_runs(curve(config), one_device(load(*VIT)))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-@pytest.mark.parametrize("scan", ["false", "true"])
+@pytest.mark.parametrize(
+    ("remat", "scan"),
+    [("full", "false"), ("every:2", "false"), ("dots", "true"), ("binomial", "true")],
+)
 def test_remat_gives_the_curve_without_it(load, one_device, remat, scan):
     same = f"model.scan_layers={scan}"
     config = load(*VIT, same, f"remat={remat}")

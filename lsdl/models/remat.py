@@ -10,13 +10,15 @@ offload:a,b       ... and these are kept in the host's memory (an accelerator's;
 every:k           each k-th layer's input is kept, and k layers are computed again, then kept
 sqrt              about sqrt(n) inputs are kept; from each as many again, each layer as in full
 binomial          and so on: O(log n) inputs are kept, each layer is computed O(log n) times
-poor              nothing but the first input is kept: n (n + 1) / 2 layers are computed; n bodies
-                  that hold n bodies are compiled, so this is for teaching
+poor              nothing but the first input is kept, and n (n + 1) / 2 layers are computed; as
+                  many are compiled, so this is for teaching
 
-What is checkpointed are ranges of layers, one in the other; `_cut` says which. The layers are
-those of a scan (`scan`), or modules one after another (`chain`).
-Sources: Chen et al. 2016, sections 4.1 to 4.4; binomial has the order of treeverse (Griewank 1992)
-and not its optimal schedule, whose segments are of all lengths and so no loops.
+What is checkpointed are ranges of layers, one in the other; `cut` says which. The layers are those
+of a scan (`scan`), or modules one after another (`chain`). XLA's compiler for CPU merges what is
+computed again with what was computed before, unless a loop lies between: there layers one after
+another, and poor, take about as much memory as without a policy.
+Sources: Chen et al. 2016, sections 3 and 4; binomial has the order of treeverse (Griewank 1992) and
+not its optimal schedule, whose segments are of all lengths and so no loops.
 """
 
 import contextlib
