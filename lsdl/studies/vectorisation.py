@@ -86,7 +86,16 @@ WIDTH = BATCH = 256
 BATCHES = tuple(2**i for i in range(9))  # 1 to 256
 BLOCKS = tuple(2**i for i in range(3, 9))  # 8 to 256
 ROWS, NARROW, DEEP = 2**17, 64, 4
-ROW_BLOCKS = (16, 64, 256, 1024, 4096, 16_384, 65_536, ROWS)
+ROW_BLOCKS = (16, 64, 256, 1024, 4096, 16_384, ROWS)
+FORMS = {
+    "neurons": "inner products, Python's loop",
+    "by_neuron": "a neuron at once, compiled loop",
+    "by_example": "an example at once, compiled loop",
+    "vmap": "inner product under vmap",
+    "product": "matrix product",
+    "neurons_back": "gradients: inner products",
+    "product_back": "gradients: matrix products",
+}
 ROUNDS, SLOW_ROUNDS = 15, 5
 LEAST_S = 0.005  # of one timing: a call of some microseconds is repeated until then
 
@@ -310,7 +319,7 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
         return np.median([row[column] for row in table if row["part"] == part], 0)
 
     seconds = [row["seconds_of"] for row in table if row["part"] == "loops"]
-    times = {form: float(np.median([row[form] for row in seconds])) for form in seconds[0]}
+    times = {FORMS[form]: np.median([row[form] for row in seconds]) for form in FORMS}
     return {
         "forms": plots.bars(times, title="One layer, 256 x 256 x 256", x="seconds", logx=True),
         "batches": plots.lines(
