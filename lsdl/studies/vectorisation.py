@@ -96,7 +96,7 @@ FORMS = {
     "neurons_back": "gradients: inner products",
     "product_back": "gradients: matrix products",
 }
-ROUNDS, SLOW_ROUNDS = 15, 5
+ROUNDS, SLOW_ROUNDS = 41, 5
 LEAST_S = 0.005  # of one timing: a call of some microseconds is repeated until then
 
 
