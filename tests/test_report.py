@@ -113,7 +113,7 @@ def test_two_seeds_are_one_line_with_a_band(runs, tmp_path, capsys):
     assert len(re.findall(r"± 0\.\d{4}", words)) == 8  # loss and accuracy of three splits, gap
     for part in ("jax", "optax", "cpu", "Python 3."):
         assert part in words
-    assert "recorded memory" in words
+    assert "state_bytes_per_device" in words
     assert len(text) < 400_000
 
 
@@ -417,7 +417,8 @@ def test_a_browser_shows_it(kind, runs, study, tmp_path):
 def test_a_run_has_its_prediction_beside_it(runs):
     """Of the program that ran: `lsdl.report` shows it beside what was measured."""
     run = kept.read_run(runs[0])
-    assert run.plan["parameters"] == run.plan["state_bytes_per_device"] // 12  # Adam, in float32
+    rest = run.plan["state_bytes_per_device"] - 3 * 4 * run.plan["parameters"]  # Adam, in float32
+    assert 0 < rest < 64  # the key, the step, counts
     step = run.plan["compiled"]
     assert step["needed_bytes"] > step["argument_bytes"] > run.plan["state_bytes_per_device"]
     assert run.plan["model_flops_per_example"] == run.plan["step_flops_per_example"] > 0

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 
-# tanh's derivative keeps 1 - tanh^2 alone since jax 0.12, and before that tanh and 1 - tanh.
-_MORE = int(jax.__version_info__ < (0, 12))
+# tanh's derivative keeps 1 - tanh^2 alone in jax 0.11.2 and 0.12, and in 0.10.2 tanh and 1 - tanh.
+_MORE = int(jax.__version_info__ < (0, 11))
 # What an MLP keeps of each of its F features, the activation's input and the result included:
 # (numbers, numbers where it is gated, bytes besides).
 KEPT = {
