@@ -273,27 +273,6 @@ def test_a_policy_changes_no_number_of_a_model(name, policy):
     assert (again > 0) == (policy not in ALL_PRODUCTS)
 
 
-def test_a_scanned_stack_has_the_masks_of_flaxs_scan():
-    """Whatever the policy: checkpoints of earlier versions go on as they would have."""
-    style = transformer.Style("gelu", 1e-6)
-    fields = dict(num_heads=2, mlp_dim=12, dropout=0.5, dtype=jnp.float32, style=style)
-    stack = transformer.Stack(3, **fields, scan_layers=True, remat="every:2")
-
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, x_BLD):
-            axes = dict(variable_axes={"params": 0}, split_rngs={"dropout": True})
-            blocks = nn.scan(transformer.Block, **axes, length=3)
-            return blocks(**fields, train=True, name="blocks")(x_BLD)
-
-    x_BLD = images(2, (4, 8))
-    variables = values(stack, x_BLD, train=True)
-    key = {"dropout": jax.random.key(5)}
-    expected = jit(Plain().apply)(variables, x_BLD, rngs=key)[0]
-    found = jit(functools.partial(stack.apply, train=True))(variables, x_BLD, rngs=key)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-
-
 def test_work_of_a_scanned_stack_is_the_blocks_less_what_nobody_asks_for():
     """The MLP's last product, where the layer's result is not computed for another layer."""
     (batch, length), (n, width, wide) = TOKENS.shape, (5, 8, 12)

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core.scope import LazyRng
 
 from lsdl.models import moe, remat
 from lsdl.models.layers import (
@@ -348,10 +347,9 @@ class Stack(nn.Module):
         params = self.variables["params"]["blocks"]
         if self.pipe:
             return self.pipe(lambda *args: blocks(*args)[0], params, *inputs), None
-        # The keys that nn.scan would give the layers.
-        rngs = {name: rng for name, rng in self.scope.rngs.items() if name == "dropout"}
-        rngs = {name: LazyRng.create(rng, "blocks") for name, rng in rngs.items()}
-        rngs = jax.tree.map(lambda key: jax.random.split(key, self.num_layers), rngs)
+        rngs = {}
+        if self.has_rng("dropout"):
+            rngs["dropout"] = jax.random.split(self.make_rng("dropout"), self.num_layers)
         return blocks(params, *inputs, rngs=rngs)
 
 
