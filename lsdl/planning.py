@@ -71,7 +71,7 @@ def sections(asked: Any) -> list[tuple[Any, Callable[[Plan], None]]]:
     alone = asked.search or asked.remat_table
     compiles = asked.target and not alone and not asked.analytic and not _span(asked)
     return [
-        (not alone, counted),
+        (not alone or _span(asked), counted),
         (asked.target and not alone, closed_forms),
         (compiles, compiled_step),
         (asked.collectives and not asked.target, exchanged),

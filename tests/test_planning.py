@@ -334,3 +334,4 @@ def test_the_sections_of_a_plan_are_those_that_are_asked_for():
     assert names(target="t", search=True) == ["searched"]
     assert names(remat_table=True) == ["remat_table"]
     assert names(target="t", devices="8..64") == ["counted", "closed_forms", "scaled"]
+    assert names(target="t", devices="8..64", search=True) == ["counted", "searched", "scaled"]
