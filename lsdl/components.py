@@ -131,6 +131,14 @@ def make_task(config: ConfigDict, data: Dataset):
     return kind(data.features, config.model.vocab_size, token_bytes + padding, **given)
 
 
+def _policy(policy: str) -> str:
+    if remat.check(policy).startswith("auto"):
+        raise UserError(
+            f"remat={policy!r} is chosen by lsdl.train and lsdl.plan, by compiling: name a policy."
+        )
+    return policy
+
+
 def make_module(
     config: ConfigDict, data: Dataset, *, mesh: Mesh | AbstractMesh | None = None
 ) -> nn.Module:
@@ -140,7 +148,7 @@ def make_module(
     filled = {
         "num_classes": outputs,
         "dtype": PRECISIONS[choice("precision", config.precision, PRECISIONS)],
-        "remat": remat.check(config.remat),
+        "remat": _policy(config.remat),
         "axis_name": mesh and (partition.manual_axes(config.partitioner, mesh) or None),
         "attention": _make_attention(config, mesh),
         "pipe": _make_pipe(config, mesh),

@@ -335,3 +335,8 @@ def test_the_sections_of_a_plan_are_those_that_are_asked_for():
     assert names(remat_table=True) == ["remat_table"]
     assert names(target="t", devices="8..64") == ["counted", "closed_forms", "scaled"]
     assert names(target="t", devices="8..64", search=True) == ["counted", "searched", "scaled"]
+
+
+def test_auto_is_no_policy_of_a_model():
+    with pytest.raises(UserError, match="name a policy"):
+        Source(MLP, ("--config.mesh=data=1", "--config.remat=auto")).build(1)

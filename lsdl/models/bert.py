@@ -53,12 +53,14 @@ class Bert(nn.Module):
             boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), (role, "embed"))
             return self.param(name, boxed, (rows, self.width))
 
-        embedding_VD = table("embedding", self.vocab_padded, "vocab")
+        # Whole for the lookup, and for the loss, which else gathers it for each of its chunks.
+        embedding_VD = table("embedding", self.vocab_padded, "vocab").astype(self.dtype)
+        embedding_VD = gathered(embedding_VD, ("vocab", "embed"))
         position_LD = table("position", self.max_length, "length").astype(self.dtype)
         position_LD = gathered(position_LD, (None, "embed"))
         type_TD = table("token_type", TOKEN_TYPES, None).astype(self.dtype)
         place_BLD = learned_positions(position_LD, token_BL, segment_BL)
-        x_BLD = gathered(embedding_VD.astype(self.dtype), ("vocab", "embed"))[token_BL]
+        x_BLD = embedding_VD[token_BL]
         x_BLD = x_BLD + place_BLD + type_TD[0][None, None]
         x_BLD = style.make_norm("embed_norm", self.dtype)(x_BLD)
         x_BLD = Dropout(self.dropout, train)(x_BLD)

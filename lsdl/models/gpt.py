@@ -121,8 +121,12 @@ class Gpt(nn.Module):
             boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), (role, "embed"))
             return self.param(name, boxed, (rows, self.width))
 
-        embedding_VD = table("embedding", self.vocab_padded, "vocab")
-        x_BLD = gathered(embedding_VD.astype(self.dtype), ("vocab", "embed"))[token_BL]
+        def whole(table_VD):
+            """For the lookup, and for the loss, which else gathers it for each of its chunks."""
+            return gathered(table_VD.astype(self.dtype), ("vocab", "embed"))
+
+        embedding_VD = whole(table("embedding", self.vocab_padded, "vocab"))
+        x_BLD = embedding_VD[token_BL]
         if self.form == "gpt2":
             position_LD = table("position", self.max_length, "length").astype(self.dtype)
             position_LD = gathered(position_LD, (None, "embed"))
@@ -132,5 +136,7 @@ class Gpt(nn.Module):
             x_BLD, segment_BL, train=train
         )
         hidden_BLD = style.make_norm("norm", self.dtype)(x_BLD)
-        output_VD = embedding_VD if self.tied else table("output", self.vocab_padded, "vocab")
+        output_VD = embedding_VD
+        if not self.tied:
+            output_VD = whole(table("output", self.vocab_padded, "vocab"))
         return (hidden_BLD, output_VD, routing) if routing else (hidden_BLD, output_VD)
