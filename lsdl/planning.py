@@ -41,6 +41,11 @@ class Plan:
     parts: list[page.Markup] = field(default_factory=list)  # of the page
     code: int = FINISHED
 
+    def say(self, title: str, *texts: str) -> None:
+        """Print the texts, and put them under `title` on the page."""
+        print(*texts, sep="\n")
+        self.parts.append(page.section(title, page.element("pre", "\n".join(texts))))
+
 
 def run(asked: Any, overrides: Sequence[str]) -> int:
     """Print the plan that the command line asks for; returns the exit code."""
@@ -163,8 +168,8 @@ def counted(plan: Plan) -> None:
     model = totals.make_model(experiment.name, state.params, forward, padding=padding, **given)
     step = experiment.train_step.trace(state, batch)
     plan.numbers |= totals.make_plan(model, step, experiment)
-    print(tree.table(model, depth=plan.asked.depth))
-    print(totals.summary(plan.numbers))
+    table = tree.table(model, depth=plan.asked.depth)
+    plan.say("Counted", table, totals.summary(plan.numbers))
 
 
 def closed_forms(plan: Plan) -> None:
@@ -172,7 +177,7 @@ def closed_forms(plan: Plan) -> None:
     price = plan.asked.price_per_device_hour
     found = analytic.estimate(plan.experiment, plan.target, price_per_device_hour=price)
     plan.numbers["analytic"] = found
-    print(analytic.table(found))
+    plan.say("Closed forms", analytic.table(found))
 
 
 def compiled_step(plan: Plan) -> None:
@@ -180,7 +185,7 @@ def compiled_step(plan: Plan) -> None:
     source, file = plan.source, plan.asked.hardware
     answer = compiled.ask(source.file, source.overrides, plan.target.text, file=file)
     plan.numbers |= answer
-    print(fit.table(answer, plan.limit_bytes))
+    plan.say("Compiled", fit.table(answer, plan.limit_bytes))
     if fit.verdict(answer, plan.limit_bytes) is False:
         plan.code = DOES_NOT_FIT
 
@@ -214,6 +219,8 @@ def searched(plan: Plan) -> None:
     )
     plan.numbers["search"] = found
     print(search.table(found))
+    if not found[0]["fits"]:
+        plan.code = DOES_NOT_FIT
     plan.parts.append(search.section(found))
 
 
@@ -229,12 +236,11 @@ def scaled(plan: Plan) -> None:
         units_per_step=units,
     )
     plan.numbers["scaling"] = found
-    print(scaling.table(found))
-    for curve in published.of(target.device):
-        print(published.table(published.compare(curve)))
+    curves = (published.compare(curve) for curve in published.of(target.device))
+    plan.say("Scaling", scaling.table(found), *map(published.table, curves))
     picture = scaling.figure(found, published.overlay(target.device))
     svg = picture.svg(prefix="scaling", themed=True)
-    plan.parts.append(page.section("Scaling", page.row(page.figure(svg, many=True))))
+    plan.parts.append(page.row(page.figure(svg, many=True)))
 
 
 def failures(plan: Plan) -> None:
@@ -248,7 +254,7 @@ def failures(plan: Plan) -> None:
         step_s=step_s and step_s[1],
     )
     plan.numbers["goodput"] = found
-    print(goodput.table(found), goodput.llama3_table(), sep="\n")
+    plan.say("Failures", goodput.table(found), goodput.llama3_table())
 
 
 def _write(plan: Plan) -> None:
@@ -261,6 +267,6 @@ def _write(plan: Plan) -> None:
 
 
 def _page(plan: Plan) -> str:
-    if plan.parts:
+    if not plan.asked.shardings and (plan.target or plan.asked.remat_table):
         return page.document(f"{plan.experiment.name}: plan", *plan.parts)
     return inspect.page(plan.experiment)

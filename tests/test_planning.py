@@ -95,7 +95,10 @@ def test_a_run_scales_and_fails_on_paper(capsys, tmp_path):
     assert [row["devices"] for row in found["scaling"]["weak"]] == [8, 16, 32, 64]
     assert found["goodput"]["failures_per_day"] == pytest.approx(8 * 24 / 50_000)
     assert "419 unexpected interruptions" in out
-    assert "<svg " in (tmp_path / "plan.html").read_text()
+    page = (tmp_path / "plan.html").read_text()
+    assert "<svg " in page
+    for word in ("Counted", "Closed forms", "MFU at most", "Scaling", "419 unexpected"):
+        assert word in page
 
 
 def test_hardware_and_the_lectures_numbers_need_no_config(capsys):
