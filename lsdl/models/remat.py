@@ -5,8 +5,8 @@ full              each layer's input is kept, and the layer computed again
 dots              ... and the results of its matrix products are kept too
 dots_no_batch     ... of those without a batch dim alone: products with weights, not of attention
 names:a,b         ... and the activations of these names (`NAMES`) are kept too
-offload:a,b       ... and these are kept in the host's memory (an accelerator's; on CPU they are
-                  computed again, as in full)
+offload:a,b       ... and these are kept in the host's memory, where a device has another (on CPU it
+                  is names:a,b)
 every:k           each k-th layer's input is kept, and k layers are computed again, then kept
 sqrt              about sqrt(n) inputs are kept; from each as many again, each layer as in full
 binomial          and so on: O(log n) inputs are kept, each layer is computed O(log n) times
