@@ -33,7 +33,7 @@ def make(experiment: Experiment, programs: Mapping[int, Callable]) -> dict[str, 
         "state_bytes_per_device": tree.device_bytes(experiment.abstract_state),
         "model_flops_per_example": round((flops.total() - again) / phase.batch_size),
         "step_flops_per_example": round(flops.total() / phase.batch_size),
-        "compiled": compiled.memory(program, limit_bytes=present.memory_bytes(there)),
+        "compiled": compiled.memory(program, limit_bytes=present.memory_bytes()),
         "versions": versions(),
     }
     if target := present.target(there):

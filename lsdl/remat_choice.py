@@ -124,9 +124,9 @@ def resolved(source: Source) -> Source:
         except jax.errors.JaxRuntimeError:  # on a TPU what is too large does not compile
             return None
 
-    there = jax.devices()
-    limit = limit_of(policy) or present.memory_bytes(there)
-    return source.varied(remat=choose(build, step_bytes, devices=len(there), limit_bytes=limit))
+    limit = limit_of(policy) or present.memory_bytes()
+    given = dict(devices=jax.device_count(), limit_bytes=limit)
+    return source.varied(remat=choose(build, step_bytes, **given))
 
 
 def choose(

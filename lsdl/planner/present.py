@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from lsdl.errors import UserError
 from lsdl.planner import devices as table
 from lsdl.planner.hardware import Target
@@ -49,7 +51,7 @@ def target(devices: Sequence[Any]) -> Target | None:
     return found if found.count == len(devices) else None
 
 
-def memory_bytes(devices: Sequence[Any]) -> int | None:
+def memory_bytes() -> int | None:
     """What a program may use of one device; None where the device does not tell (CPUs)."""
-    stats = devices[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}  # other processes' are out of reach
     return stats.get("bytes_limit")
