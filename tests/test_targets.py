@@ -71,19 +71,17 @@ def test_what_is_too_large_for_the_pod_names_the_largest_tensors():
 def test_gpt3_on_a_node_of_gpus_scatters_its_gradients(partitioner):
     answer = ask("gpt3:1.3b", "fsdp=8", "gpu:h100:1x8", f"partitioner={partitioner}")
     assert answer["compiled"]["fits"] is True
-    assert not [
-        r for r in answer["collectives"] if r["kind"] == "all-reduce" and r["bytes"] > 2**20
-    ]
     gathered, scattered = (row(answer, kind, "fsdp") for kind in ("all-gather", "reduce-scatter"))
     assert gathered["asynchronous"] == gathered["count"] > 24 * 2
     assert scattered["asynchronous"] == scattered["count"] >= 24
-    for found in (gathered, scattered):
-        assert found["ratio"] <= 1.05 or found["largest"]
-    most = scattered["largest"][0]
-    if partitioner == "jit":  # the table's gradient, in each of 16 pieces that the loss has
-        assert most["what"].startswith("16 x f32[50304,256]")
-        assert scattered["wire_bytes"] - most["wire_bytes"] <= 1.05 * scattered["lower_bound_bytes"]
-    else:  # all of it once, as wide as it is kept, where the bound is of bfloat16
+    reduced = sum(r["bytes"] for r in answer["collectives"] if r["kind"] == "all-reduce")
+    table = 50_304 * 2048 * 4
+    if partitioner == "jit":  # the table's gradient alone is made whole, once
+        assert gathered["ratio"] <= 1.05
+        assert scattered["ratio"] <= 1.05
+        assert 0 <= reduced - table < 2**20
+    else:  # all of it is scattered, as wide as it is kept, where the bound is of bfloat16
+        assert reduced < 2**20
         assert scattered["ratio"] == pytest.approx(2, rel=0.01)
 
 
