@@ -6,9 +6,14 @@ FINISHED = 0
 DOES_NOT_FIT = 1  # the plan is not for the target it was made for
 BAD_INPUT = 2
 NO_COMPILER = 3  # for the devices of a target
+DATA = 65  # a data set on disk is not what was prepared: a shard or a record is damaged
+NO_DATA = 66  # a data set is not there
 UNREACHABLE = 69  # the processes of the job did not find one another
-STUCK = 71  # no answer within the time there was for it
-LOCKED = 73
+NOT_FINITE = 70  # too many steps in a row had no finite loss or gradient
+STUCK = 71  # no step within the time there was for it; or an audit that found other bits
+LOCKED = 73  # another trainer owns the workdir, or it cannot be written
+STORAGE = 74  # a checkpoint could not be written or read: disk full, I/O error, none that verifies
+DISAGREE = 78  # the processes of a job were not started with the same config, code or data
 SAVED_AND_STOPPED = 75  # SIGTERM: the state is saved, start the same command again
 INTERRUPTED = 130  # Ctrl-C: the state is saved as well
 
@@ -35,9 +40,45 @@ class UnreachableError(UserError):
 
 
 class LockedError(UserError):
-    """Another trainer owns the workdir."""
+    """Another trainer owns the workdir, or it cannot be written."""
 
     exit_code = LOCKED
+
+
+class DataError(UserError):
+    """A data set on disk is damaged."""
+
+    exit_code = DATA
+
+
+class NoDataError(UserError):
+    """A data set is not there."""
+
+    exit_code = NO_DATA
+
+
+class NotFiniteError(UserError):
+    """Too many steps in a row were not finite."""
+
+    exit_code = NOT_FINITE
+
+
+class StuckError(UserError):
+    """Something did not come within its time, or an audit found other bits."""
+
+    exit_code = STUCK
+
+
+class StorageError(UserError):
+    """A checkpoint cannot be written, or read."""
+
+    exit_code = STORAGE
+
+
+class DisagreeError(UserError):
+    """The processes of a job were not started alike."""
+
+    exit_code = DISAGREE
 
 
 def refuse(error: UserError) -> int:

@@ -11,21 +11,18 @@ The order within a step is part of the contract; do not change it:
 """
 
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lsdl import prediction
 from lsdl.checkpoint import Checkpoints, load_weights, merged
 from lsdl.data.dataset import SPLITS
 from lsdl.experiment import Experiment
+from lsdl.interruption import StopRequest
 from lsdl.metrics import JsonLines, TensorBoard, Writers, fetched, means, read_rows
 from lsdl.processes import is_main, same_on_all
 from lsdl.progress import Progress
@@ -46,45 +43,6 @@ class Outcome:
     wall_s: float = 0.0
     best_step: int | None = None
     trained: bool = True
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM as a question the loop asks between steps. A second Ctrl-C interrupts.
-
-    Several processes must stop after the same step, whichever of them got the signal: jax's own
-    SIGTERM handler tells the others, so a Ctrl-C is passed on as SIGTERM.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-        self._alone = jax.process_count() == 1
-        self._previous: dict = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def after(self, step: int) -> bool:
-        """Whether to stop after `step`; all processes get the same answer for the same step."""
-        if self._alone:
-            return self.signal is not None
-        if multihost_utils.reached_preemption_sync_point(step):
-            self.signal = self.signal or signal.SIGTERM
-            return True
-        return False
 
 
 def run(experiment: Experiment, folder: RunDir) -> Outcome:

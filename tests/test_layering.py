@@ -41,6 +41,7 @@ LEVELS = [
         *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
         *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
         *("measures", "tasks", "evaluators", "sampling", "checkpoint", "processes", "weights"),
+        "interruption",
     ],
     ["step"],
     [
