@@ -7,19 +7,21 @@ BIN := $(VENV)/bin
 PARITY := .venv-parity
 CONFIG ?= configs/digits_vit.py
 SHARD ?= 1/1
+PART ?= 1/12
 # The newest Python there is, on the PATH or among pyenv's.
 HIGH := $(shell for p in python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.13.*/bin/python \
   python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python; do \
   "$$p" -c 'import sys' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help train plan-tools test test-slow test-high parity lint format golden clean
+.PHONY: help train plan-tools test test-slow test-high faults parity lint format golden clean
 
 help:
 	@echo "make train       install into $(VENV) and train $(CONFIG); again: go on, or say it is done"
 	@echo "make plan-tools  what lsdl.plan --target compiles with, into \$$LSDL_PLAN_TOOLS or the user's cache"
-	@echo "make test        lint and the suite, without what is marked slow"
+	@echo "make test        lint and the suite, without what is marked slow or faults"
 	@echo "make test-slow   the slow tests; SHARD=k/n runs the k-th of n parts"
 	@echo "make test-high   make test once more, on the newest Python and jax found; SHARD=k/n likewise"
+	@echo "make faults PART=k/12   the long fault tests, each part at most 15 minutes on 2 quiet cores"
 	@echo "make parity      our models against Hugging Face's, in $(PARITY); GOLDEN=1 rewrites its golden files"
 	@echo "make format      let ruff format and mend"
 	@echo "make golden      rewrite the golden curves and shardings (say why in the commit)"
@@ -44,10 +46,14 @@ plan-tools: $(VENV)/installed
 	@$(BIN)/python -m lsdl.planner.toolchain
 
 test: lint
-	@$(BIN)/python -m pytest -n 2 -q -m "not slow" --shard $(SHARD)
+	@$(BIN)/python -m pytest -n 2 -q -m "not slow and not faults" --shard $(SHARD)
 
 test-slow: $(VENV)/installed-dev plan-tools
-	@$(BIN)/python -m pytest -n 2 -q -m slow --shard $(SHARD)
+	@$(BIN)/python -m pytest -n 2 -q -m "slow and not faults" --shard $(SHARD)
+
+# What they counted is kept in .cache/faults; python -m tests.faults.merge puts it into the document.
+faults: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -n 2 -q -m faults --shard $(PART) tests/faults
 
 test-high:
 	@if [ -z "$(HIGH)" ]; then echo "No Python newer than 3.11 was found: nothing to repeat."; \
