@@ -3,6 +3,10 @@
 Every layout that the model and the batch allow is estimated by closed forms; those that cannot fit
 are rejected, the fastest of the rest are compiled for the target, and their order is then that of
 what the compiler says: memory that fits, FLOPs counted in the step, bytes on the wire.
+
+Closed forms are there for `none` and `full`. What another policy takes lies between theirs: it is
+as far from `full` as the bytes that the traced loss keeps under it, and as far from `none` as the
+FLOPs that the traced step computes again.
 """
 
 import dataclasses
@@ -11,14 +15,14 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from lsdl import page
+from lsdl import page, remat_choice
 from lsdl.errors import UserError
 from lsdl.experiment import Experiment
 from lsdl.planner import analytic, compiled, count, fit, hardware, memory, tree
@@ -28,7 +32,7 @@ from lsdl.source import Source
 FIELDS = ("mesh", "rules", "remat", "accum")
 TIMES = ("fastest_s", "slowest_s", "binds")
 
-POLICIES = ("none", "dots_no_batch", "full")
+POLICIES = ("none", "dots", "dots_no_batch", "full")  # and names, all that the model gives
 MOST_TENSOR = 16  # beyond it products of one device are slivers of a layer
 COMPILED = 6  # layouts that are compiled at once,
 ROUNDS = 3  # and again, while none of them fits
@@ -95,41 +99,86 @@ def _tell(rows: Sequence[Mapping[str, Any]], i: int, answer: Mapping[str, Any]) 
     print(f"  {layout}: {fit.in_short(answer)}", file=sys.stderr)
 
 
+class _Between(NamedTuple):
+    """Where a policy lies between `none` and `full`."""
+
+    kept: float  # 1: it keeps what `none` does, 0: what `full` does
+    again: float  # 0: it computes again what `none` does, 1: what `full` does
+
+
+def _between(experiment: Experiment, build: Callable[[str], Experiment]) -> dict[str, _Between]:
+    """{policy: where it lies}, by the traced programs of `build(policy)`; they know no mesh."""
+    names = experiment.activation_names
+    others = [*POLICIES, *([f"names:{','.join(names)}"] if names else [])]
+    rows = {policy: remat_choice.traced(policy, build(policy)) for policy in others}
+    kept = {policy: row["saved_bytes"] for policy, row in rows.items()}
+    again = {policy: row["recomputed_flops"] for policy, row in rows.items()}
+    most, least = kept["none"] - kept["full"], again["full"] - again["none"]
+    if not (most and least):  # a model without layers that could be computed again
+        return {"none": _Between(1.0, 0.0)}
+    return {
+        policy: _Between(
+            (kept[policy] - kept["full"]) / most, (again[policy] - again["none"]) / least
+        )
+        for policy in others
+    }
+
+
 def _estimated(
     source: Source, target: hardware.Target, limit_bytes: int
 ) -> Iterator[dict[str, Any]]:
     """One row for each layout and policy, with as few microbatches as fit by closed forms."""
-    everything = list(layouts(target.count))
+    everything, between = list(layouts(target.count)), {}
     for layout in tqdm(everything, desc="layouts", file=sys.stderr, disable=None, leave=False):
         blank = {"accum": 1, "fits": None, "bytes": None, "reason": "", **dict.fromkeys(TIMES)}
+        build = functools.partial(_build, source, target, layout)
         try:
-            experiment = source.varied(**layout, remat="none", accum=1).build(target.count)
+            experiment = build("none")
         except UserError as error:
             yield {**layout, "remat": "any", **blank, "reason": str(error)}
             continue
-        for policy in POLICIES:
+        between = between or _between(experiment, build)
+        ends = _ends(experiment, target)
+        for policy, place in between.items():
             row = {**layout, "remat": policy, **blank}
-            row |= _least_accum(experiment, target, policy, limit_bytes)
+            row |= _least_accum(ends, place, limit_bytes)
             if row["bytes"] is not None and row["bytes"] > TOLERANCE * limit_bytes:
                 row["reason"] = f"needs about {tree.binary(row['bytes'])} at accum={row['accum']}"
             yield row
 
 
+def _build(source: Source, target: hardware.Target, layout: dict, policy: str) -> Experiment:
+    return source.varied(**layout, remat=policy, accum=1).build(target.count)
+
+
+def _ends(experiment: Experiment, target: hardware.Target) -> list[tuple[int, dict, dict]]:
+    """(accum, estimate of `none`, of `full`) for every number of microbatches there can be."""
+    vary = functools.partial(dataclasses.replace, experiment)
+    return [
+        (accum, *(analytic.estimate(vary(remat=p, accum=accum), target) for p in ("none", "full")))
+        for accum in _divisors(experiment.batch_size // batch_shards(experiment.mesh))
+    ]
+
+
 def _least_accum(
-    experiment: Experiment, target: hardware.Target, policy: str, limit_bytes: int
+    ends: Sequence[tuple[int, dict, dict]], place: _Between, limit_bytes: int
 ) -> dict[str, Any]:
     """The estimate with the fewest microbatches that fit, or with the most that there can be."""
-    for accum in _divisors(experiment.batch_size // batch_shards(experiment.mesh)):
-        one = dataclasses.replace(experiment, remat=policy, accum=accum)
-        found = analytic.estimate(one, target)
-        needed = found["memory"]["total_bytes"]
-        if needed is None or needed <= limit_bytes:
+    mix = lambda none, full, share: none + share * (full - none)  # noqa: E731
+    for accum, none, full in ends:
+        found = {"accum": accum, "bytes": None, **dict.fromkeys(TIMES)}
+        sizes = [one["memory"]["total_bytes"] for one in (none, full)]
+        if None not in sizes:
+            found["bytes"] = round(mix(*sizes, 1 - place.kept))
+        if None not in (none["step_s"], full["step_s"]):
+            times = [
+                mix(none[key], full[key], place.again)
+                for key in ("compute_s", "memory_s", "network_s")
+            ]
+            found |= dict(zip(TIMES, analytic.bracket(*times), strict=True))
+        if found["bytes"] is None or found["bytes"] <= limit_bytes:
             break
-    times = found["step_s"] or (None, None)
-    return dict(zip(TIMES, (*times, found["binds"]), strict=True)) | {
-        "accum": accum,
-        "bytes": needed,
-    }
+    return found
 
 
 def judged(

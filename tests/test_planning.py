@@ -8,7 +8,7 @@ import pytest
 from lsdl import foresight, planning, remat_choice, search
 from lsdl.errors import BAD_INPUT, DOES_NOT_FIT, FINISHED, NO_COMPILER, UserError
 from lsdl.plan import main
-from lsdl.planner import fit, hardware
+from lsdl.planner import analytic, fit, hardware
 from lsdl.runs import Run
 from lsdl.sharding import mesh as meshes
 from lsdl.sharding.rules import TABLES
@@ -257,6 +257,40 @@ def test_every_layout_is_for_all_devices_and_none_comes_twice(devices):
         meshes.parse_mesh(mesh, devices)
         assert rules in TABLES
     assert ("mesh", f"fsdp={devices}" if devices > 1 else "data=1") in [one[0] for one in found]
+
+
+def test_what_lies_between_none_and_full_is_estimated_by_what_it_keeps_and_computes_again():
+    target = hardware.parse("gpu:h100:1x8")
+    source = Source(GPT, ("--config.mesh=fsdp=8", "--config.model.num_layers=4"))
+    limit = 10**12
+    found = {row["remat"]: row for row in search._estimated(source, target, limit)
+             if (row["mesh"], row["rules"]) == ("fsdp=8", "fsdp_tp")}  # fmt: skip
+    names = source.build(8).activation_names
+    everything = f"names:{','.join(names)}"
+    assert set(found) == {"none", "dots", "dots_no_batch", "full", everything}
+    for policy in ("none", "full"):
+        known = analytic.estimate(source.varied(remat=policy).build(8), target)
+        assert found[policy]["bytes"] == known["memory"]["total_bytes"]
+        assert found[policy]["slowest_s"] == pytest.approx(known["step_s"][1])
+    for policy in ("dots", "dots_no_batch", everything):
+        for key in ("bytes", "fastest_s"):
+            ends = sorted(found[end][key] for end in ("none", "full"))
+            assert ends[0] <= found[policy][key] <= ends[1], (policy, key)
+    assert found["dots_no_batch"]["bytes"] < found["dots"]["bytes"]  # attention's scores
+
+
+def test_microbatches_are_as_few_as_fit():
+    def estimate(total):
+        times = dict(compute_s=1.0, memory_s=0.5, network_s=0.25, step_s=[1.0, 1.75])
+        return {"memory": {"total_bytes": total}, **times}
+
+    ends = [(accum, estimate(100 // accum), estimate(40 // accum)) for accum in (1, 2, 4)]
+    half = search._Between(kept=0.5, again=0.5)
+    least = lambda limit: search._least_accum(ends, half, limit)  # noqa: E731
+    assert (least(70)["accum"], least(70)["bytes"]) == (1, 70)
+    assert (least(69)["accum"], least(69)["bytes"]) == (2, 35)
+    assert (least(1)["accum"], least(1)["bytes"]) == (4, 18)
+    assert least(70)["slowest_s"] == 1.75
 
 
 def row(name, fastest=None, slowest=None, fits=None, reason=""):

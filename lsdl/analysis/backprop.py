@@ -159,12 +159,6 @@ def split(n: int, slots: int) -> int:
     return 1 + min(reach(slots, times - 1), n - 1 - reach(slots - 1, times - 1))
 
 
-def fewest_evaluations(n: int, slots: int) -> int:
-    """Of any pass over n nodes that stores `slots` at once. Source: Griewank and Walther 2000."""
-    times = sweeps(n, slots)
-    return times * (n + 1) - math.comb(slots + times, slots + 1)
-
-
 def alive(run: Pass) -> np.ndarray:
     """`state_NT`: ABSENT, STORED, EVALUATED (now) or USED (now, for its b), event by event."""
     steps = [(kind, i) for kind, i in run.events if kind == STORE or i]
