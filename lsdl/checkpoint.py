@@ -1,70 +1,203 @@
-"""Checkpoints: orbax behind one door. Saved asynchronously, restored onto any mesh."""
+"""Checkpoints: orbax behind one door, below a protocol of its own (see `commits`).
 
-import math
+Saved behind the next steps, verified before use, restored onto any mesh.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from lsdl.errors import UserError
+from lsdl import commits, processes
+from lsdl.errors import StorageError, UserError
+from lsdl.rundir import RunDir
+from lsdl.saving import Saver, tell
 from lsdl.state import TrainState
 
-_policies = ocp.checkpoint_managers
+ARRAYS = "state"  # of a step's folder: what orbax writes
+
+# Orbax logs what it raises as well, with its traceback; a failed save is one line, of `Saver`.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+)
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest `keep_latest`, and the `keep_best` by valid loss.
 
-    A save returns once the arrays are copied off the devices; the files are written behind the
-    next steps. `close` waits for them.
+    Two that verify are kept at least. A save returns once the arrays are copied off the devices;
+    the files are written, digested and committed behind the next steps, which ask `check` how it
+    went. `owner` is the run folder that this process has locked; without one nothing that is found
+    here is moved: for readers. All processes of a job call the same methods.
     """
 
-    def __init__(self, path: Path, *, keep_latest: int = 1, keep_best: int = 0):
-        kept: list[Any] = [_policies.LatestN(keep_latest)]
-        if keep_best:
-            best = _policies.BestN(
-                get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False
-            )
-            kept.append(best)
-        self._manager = ocp.CheckpointManager(
-            path,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_policies.AnyPreservationPolicy(kept),
-                enable_async_checkpointing=True,
-            ),
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep_latest: int = 2,
+        keep_best: int = 0,
+        owner: RunDir | None = None,
+    ):
+        self.path = Path(path).absolute()
+        self._owner = owner if owner and owner.token else None
+        self._run = _run_of(self.path)[0]
+        self._verified: set[int] = set()
+        self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._saver = Saver(
+            self.path,
+            written=self._writer.wait_until_finished,
+            owner=self._owner,
+            keep={"latest": keep_latest, "best": keep_best},
+            verified=self._verified,
         )
+        if self._owner:
+            commits.purge(self.path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.close()
+        else:  # what has gone wrong already is what is told
+            with contextlib.suppress(Exception, SystemExit):
+                self.close()
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest step that verifies; None in a folder without steps.
 
-    def save(self, step: int, state: TrainState, *, metrics: dict | None) -> None:
+        Newer ones that do not are told, and moved aside. Raises `StorageError` if none verifies.
+        """
+        return self.newest(at_most=None)
+
+    def newest(self, *, at_most: int | None) -> int | None:
+        """The newest step that verifies, up to `at_most`."""
+        self._saver.wait()
+        step = _decided(lambda: self._newest(at_most))
+        return None if step < 0 else step
+
+    def save(
+        self, step: int, state: TrainState, *, metrics: dict | None, notes: dict | None = None
+    ) -> None:
         """Save `state` as `step`; `metrics` (of the valid split) are what `keep_best` compares.
 
-        A later step may donate `state`: its values are copied before this returns.
+        `notes` is what else a run wants to find again: small, JSON. A later step may donate
+        `state`: its values are copied before this returns. Raises as `check` does.
         """
-        if step in self._manager.all_steps():
+        self.check(wait=True)  # one that failed is made good by this one
+        if _decided(lambda: self._has(step)):
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
-        if not self._manager.save(step, args=args, metrics=metrics, force=True):
-            raise RuntimeError(f"Orbax refused to save step {step}.")
+        run, digest = _run_of(self.path)
+        args = ocp.args.StandardSave(state)
+        self._saver.begin(
+            step,
+            lambda folder: self._writer.save(folder / ARRAYS, args=args),
+            size_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+            run=run,
+            config_digest=digest,
+            metrics=commits.numbers(metrics),
+            notes=notes or {},
+        )
+
+    def check(self, *, wait: bool = False) -> bool:
+        """Whether a save has failed, so that the state of this step is to be saved in its place.
+
+        Called at every step. `wait`: for the save that is still being written. Raises
+        `StorageError` if the one before had failed too, or at once in a job of several processes;
+        `LockedError` if the folder has another owner now.
+        """
+        self._saver.settle(wait=wait)
+        return self._saver.due_again
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of `step`, with the shapes and the shardings of `abstract`."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["state"]
+        """The state of `step`, with the shapes and the shardings of `abstract`.
+
+        Raises `StorageError` if the step does not verify.
+        """
+        self._saver.wait()
+        processes.together(lambda: self._require(step), main_alone=True)
+        _check_same(self.path / str(step))
+        args = ocp.args.StandardRestore(abstract)
+        return self._writer.restore(self.path / str(step) / ARRAYS, args=args)
+
+    def notes(self, step: int) -> dict:
+        """What `save` was given with `step`."""
+        self._saver.wait()
+        try:
+            return dict(commits.read_manifest(self.path / str(step)).notes)
+        except (commits.Damage, OSError) as error:
+            raise StorageError(f"Step {step} in {self.path} does not verify: {error}.") from error
+
+    def drop_after(self, step: int) -> None:
+        """Delete the steps after `step`: they belong to a trajectory that was given up."""
+        self._saver.wait()
+        _decided(lambda: self._drop_after(step))
 
     def close(self) -> None:
-        """Wait for what is being written, then let go."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for what is being written, then let go; raises if it failed: no step comes."""
+        try:
+            self._saver.settle(wait=True, last=True)
+            if self._saver.failed:
+                raise self._saver.failed
+        finally:
+            self._writer.close()
+
+    # What process 0 does alone
+
+    def _newest(self, at_most: int | None) -> int:
+        step, rejected = commits.newest(self.path, run=self._run, at_most=at_most)
+        if step is None and rejected:
+            raise _none_verifies(self.path, rejected)
+        for bad, reason in rejected.items():
+            self._reject(bad, reason)
+        if step is None:
+            return -1
+        self._verified.add(step)
+        return step
+
+    def _has(self, step: int) -> bool:
+        """Whether `step` is committed; what has its name and does not verify is moved aside."""
+        if not os.path.lexists(self.path / str(step)):
+            return False
+        if reason := commits.verify(self.path / str(step), run=self._run):
+            self._reject(step, reason, move=True)
+        return not reason
+
+    def _reject(self, step: int, reason: str, *, move: bool = False) -> None:
+        told = f"step {step} in {self.path} does not verify: {reason}"
+        if self._owner or move:
+            told += f"; it is kept as {commits.reject(self.path, step).name}"
+        tell(f"{told}.")
+
+    def _require(self, step: int) -> None:
+        if step not in self._verified:
+            if reason := commits.verify(self.path / str(step), run=self._run):
+                raise StorageError(f"Step {step} in {self.path} does not verify: {reason}.")
+            self._verified.add(step)
+
+    def _drop_after(self, step: int) -> int:
+        newer = [number for number in commits.steps(self.path) if number > step]
+        for number in newer:  # the newest first: a kill leaves no gap
+            commits.discard(self.path, number)
+            self._verified.discard(number)
+        return len(newer)
 
 
 def save_weights(folder: Path, weights: dict[str, Any]) -> None:
     """Write {"params": tree, "model_state": tree} where a run has its checkpoints, as step 0."""
-    with ocp.CheckpointManager(folder) as manager:
-        manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(weights)), force=True)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(0, weights, metrics=None)
 
 
 def load_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> dict[str, Any]:
@@ -72,27 +205,27 @@ def load_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> 
 
     Leaves whose whole name, such as `head/kernel`, `fresh` matches are left out; what else the
     checkpoint holds is not read. Raises `UserError` for a folder without a checkpoint, and for
-    leaves that are missing from it or have another shape.
+    leaves that are missing from it or have another shape; `StorageError` if none verifies.
     """
     abstract = _without(abstract, fresh)
-    with _opened(folder) as manager:
-        step = _fitting_step(manager, folder, abstract)
-        args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        restore = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest_step()
+    _check_fit(folder, step, abstract)
+    args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    restore = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(Path(folder).absolute() / str(step) / ARRAYS, args=restore)
 
 
 def check_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> None:
-    """Raise the `UserError` that `load_weights` would; reads no array."""
-    with _opened(folder) as manager:
-        _fitting_step(manager, folder, _without(abstract, fresh))
+    """Raise the `UserError` that `load_weights` would; reads no array, and so finds no bad byte."""
+    _check_fit(folder, _newest_by_sizes(folder), _without(abstract, fresh))
 
 
 def holds(folder: Path, part: str) -> bool:
     """Whether the newest checkpoint has the `part` of a state: converted weights have not all."""
-    with _opened(folder) as manager:
-        step = manager.latest_step()
-        return step is not None and part in manager.item_metadata(step)["state"].tree
+    step = _newest_by_sizes(folder)
+    return step is not None and part in _tree(folder, step)
 
 
 def merged(tree: dict, over: dict) -> dict:
@@ -126,15 +259,31 @@ def _without(weights: dict[str, Any], fresh: str) -> dict[str, Any]:
     return kept
 
 
-def _opened(folder: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()})
+def _newest_by_sizes(folder: Path) -> int | None:
+    step, rejected = commits.newest(folder, run=_run_of(folder)[0], digests=False)
+    if step is None and rejected:
+        raise _none_verifies(folder, rejected)
+    return step
 
 
-def _fitting_step(manager: ocp.CheckpointManager, folder: Path, abstract: dict[str, Any]) -> int:
-    step = manager.latest_step()
+def _none_verifies(folder: Path, rejected: dict[int, str]) -> StorageError:
+    newest = max(rejected)
+    return StorageError(
+        f"None of the {len(rejected)} checkpoints in {folder} verifies, the newest, step {newest}: "
+        f"{rejected[newest]}. Nothing was changed: bring back a copy, or begin in another folder."
+    )
+
+
+def _tree(folder: Path, step: int) -> dict[str, Any]:
+    """The shapes of what is stored."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.metadata(Path(folder).absolute() / str(step) / ARRAYS).item_metadata.tree
+
+
+def _check_fit(folder: Path, step: int | None, abstract: dict[str, Any]) -> None:
     if step is None:
         raise UserError(f"{folder} holds no checkpoint to start from.")
-    stored = _shapes(manager.item_metadata(step)["state"].tree)
+    stored = _shapes(_tree(folder, step))
     wanted = _shapes(abstract)
     wrong = [name for name, shape in wanted.items() if stored.get(name) != shape]
     if wrong:
@@ -144,7 +293,6 @@ def _fitting_step(manager: ocp.CheckpointManager, folder: Path, abstract: dict[s
             f"them, the first: {name} {wanted[name]}, there {stored.get(name, 'missing')}. "
             "(What init_from should not bring, init_fresh leaves out.)"
         )
-    return step
 
 
 def _shapes(tree) -> dict[str, tuple]:
@@ -156,9 +304,38 @@ def _shapes(tree) -> dict[str, tuple]:
     }
 
 
-def _score(metrics: dict) -> float:
-    """Orbax keeps the highest; it would take NaN for that."""
-    return -metrics["loss"] if math.isfinite(metrics["loss"]) else -math.inf
+def _run_of(path: Path) -> tuple[str | None, str | None]:
+    """(id, sha256 of the config's fields) of the run whose checkpoints are in `path`."""
+    stored = RunDir(Path(path).parent).read_config()
+    if stored is None:
+        return None, None
+    fields = json.dumps(stored["config"], sort_keys=True).encode()
+    return stored.get("id"), hashlib.sha256(fields).hexdigest()
+
+
+def _check_same(folder: Path) -> None:
+    """Raise `StorageError` on all processes unless they see one and the same manifest."""
+    if jax.process_count() == 1:
+        return
+    try:
+        digest = hashlib.sha256((folder / commits.MANIFEST).read_bytes()).digest()
+    except OSError:
+        digest = bytes(32)
+    seen = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    others = np.flatnonzero((seen != seen[0]).any(axis=1)).tolist()
+    if others:
+        raise StorageError(
+            f"Process {others[0]} does not see what process 0 sees in {folder}: the processes of "
+            "a job need one folder that all of them share."
+        )
+
+
+def _decided(work: Callable[[], int]) -> int:
+    """What `work` returned in process 0, which alone does it; the processes meet here."""
+    value = int(processes.together(work, main_alone=True) or 0)
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def with_shardings(abstract: TrainState, shardings: TrainState) -> TrainState:

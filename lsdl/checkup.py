@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsdl import processes
+from lsdl.commits import FEWEST
 from lsdl.diagnosis import findings, grouped, names, table
 from lsdl.errors import STUCK, UserError
 from lsdl.experiment import Experiment
@@ -271,7 +272,7 @@ def checkpoint_bytes(experiment: Experiment) -> int:
     """What the checkpoints of a run may need at one time, uncompressed."""
     leaves = jax.tree.leaves(experiment.abstract_state)
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return state * (experiment.keep_latest + experiment.keep_best + 1)
+    return state * (max(experiment.keep_latest + experiment.keep_best, FEWEST) + 1)
 
 
 def loader_alone(experiment: Experiment, batches: int) -> str:

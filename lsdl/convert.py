@@ -82,10 +82,11 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
         tables.check_fields(settings, module, abstract)
         weights = tables.to_lsdl(tensors, module, abstract)
         folder = RunDir(out)
-        save_weights(folder.checkpoints, weights)
+        out.mkdir(parents=True)
         folder.write_config(
             source=arguments.config, overrides=overridden, fields=fields, changes={}
         )
+        save_weights(folder.checkpoints, weights)
     print(f"{sum(t.size for t in tensors.values()):,} numbers in {len(tensors)} tensors: {out}")
     return FINISHED
 

@@ -341,12 +341,9 @@ def stored_weights(experiment: Experiment, folder: Path) -> dict[str, Any]:
     state = experiment.abstract_state
     if not (averages(state.opt_state) and holds(folder, "opt_state")):
         return load_weights(folder, steps.as_weights(steps.variables_of(state)))
-    checkpoints = Checkpoints(folder)
-    try:
+    with Checkpoints(folder) as checkpoints:
         state = checkpoints.restore(checkpoints.latest_step(), state)
         return steps.as_weights(steps.evaluated(state))
-    finally:
-        checkpoints.close()
 
 
 def _check_data(

@@ -6,7 +6,7 @@ The order within a step is part of the contract; do not change it:
 2. dispatch the step
 3. write the metrics of the step before: the host never waits for the step it has just sent
 4. evaluate on valid, if due
-5. save, if due (so that the save knows the step's valid loss)
+5. save, if due (so that the save knows the step's valid loss), or if the save before has failed
 6. stop, if asked to
 """
 
@@ -47,10 +47,13 @@ class Outcome:
 
 def run(experiment: Experiment, folder: RunDir) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end; then evaluate."""
+    keep = {"keep_latest": experiment.keep_latest, "keep_best": experiment.keep_best}
+    with Checkpoints(folder.checkpoints, **keep, owner=folder) as checkpoints:
+        return _run(experiment, folder, checkpoints)
+
+
+def _run(experiment: Experiment, folder: RunDir, checkpoints: Checkpoints) -> Outcome:
     started = time.perf_counter()
-    checkpoints = Checkpoints(
-        folder.checkpoints, keep_latest=experiment.keep_latest, keep_best=experiment.keep_best
-    )
     writers = None
     try:
         first = checkpoints.latest_step() or 0
@@ -72,7 +75,6 @@ def run(experiment: Experiment, folder: RunDir) -> Outcome:
     finally:
         if writers:
             writers.close()
-        checkpoints.close()
 
 
 def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
@@ -100,16 +102,13 @@ def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> Tra
 
 def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
     """Evaluate the newest checkpoint on every split; None if there is none. Writes nothing."""
-    checkpoints = Checkpoints(folder.checkpoints)
-    try:
+    with Checkpoints(folder.checkpoints) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             return None
         state = _initial(experiment, checkpoints, step)
         results = {split: evaluate(experiment, state, split, final=True) for split in SPLITS}
         return Outcome(step, results=results, trained=False)
-    finally:
-        checkpoints.close()
 
 
 def evaluate(
@@ -188,18 +187,26 @@ def _train(
             with progress.pause(state):
                 valid = evaluate(experiment, state, "valid", final=step == last)
             writers.write(step, "valid", valid)
-        if stopping or due(step, experiment.checkpoint_every_steps):
+        if stopping or due(step, experiment.checkpoint_every_steps) or checkpoints.check():
             flush()
             with progress.pause(state):
                 checkpoints.save(step, state, metrics=valid)
         if stopping:
             break
     jax.block_until_ready(state)
+    _committed(checkpoints, step, state)
     seen = ramp.examples_before(step) - ramp.examples_before(first)
     rate = seen / progress.running_s()
     progress.close()
     stopped = stop.signal if step < last else None
     return Outcome(step, signal=stopped, state=state, examples_per_s=rate)
+
+
+def _committed(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
+    """Wait for the last save; if it fails, there is no next step whose save makes it good."""
+    if checkpoints.check(wait=True):
+        checkpoints.save(step, state, metrics=None)
+        checkpoints.check(wait=True)
 
 
 def _compiled(experiment: Experiment, first: int) -> dict[int, Callable]:

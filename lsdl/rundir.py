@@ -3,19 +3,24 @@
 config.json env.json metrics.jsonl tensorboard/ checkpoints/
 """
 
+import errno
 import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from lsdl.config import compare
 from lsdl.errors import LockedError, UserError
 
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+PATIENCE_S = 0.5  # for a lock: whoever only looks at it holds it for a moment
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -30,6 +35,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.token: str | None = None  # of the owner that this process is; None: it is not
         self._lock = None
 
     def claim(
@@ -41,12 +47,13 @@ class RunDir:
         than mix two experiments in one folder.
         """
         self.create()
-        self.acquire()
+        self._take()
         try:
             changes = self.check(fields=fields, total_steps=total_steps)
         except UserError:
             self.release()
             raise
+        self._sign()
         self.write_config(source=source, overrides=overrides, fields=fields, changes=changes)
         if self.newest_step() < total_steps:  # a complete run leaves the record as it is
             self.write_env(devices=devices)
@@ -56,6 +63,11 @@ class RunDir:
         """What a run of `fields` changes here; `UserError` if it may not. Writes nothing."""
         stored = self.read_config()
         changes = compare(stored["config"], fields) if stored else {}
+        if not stored and self.newest_step():
+            raise UserError(
+                f"{self.path} has checkpoints and no config.json, which says of what: put it back, "
+                "or choose another --workdir."
+            )
         if (self.checkpoints / "0").exists():  # a run's first is of step 1 or later
             raise UserError(
                 f"{self.path} holds converted weights and no run: start one from them with "
@@ -83,37 +95,103 @@ class RunDir:
                 "choose another --workdir."
             ) from error
         except OSError as error:
-            raise UserError(
-                f"The workdir {self.path} cannot be created: {error.strerror}; "
+            kind = LockedError if error.errno in UNWRITABLE else UserError
+            raise kind(
+                f"The workdir {self.path} cannot be created: {named(error)}; "
                 "choose another --workdir."
             ) from error
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise UserError(f"The workdir {self.path} is not writable: choose another --workdir.")
+        self.check_usable()
+
+    def check_usable(self) -> None:
+        """Raise what `create` and `acquire` will, as far as it can be seen; makes nothing."""
+        there = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+            read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+            number = errno.EROFS if read_only else errno.EACCES
+            error = OSError(number, os.strerror(number))
+            raise LockedError(
+                f"The workdir {self.path} is not writable: {named(error)} at {there}; mend it, or "
+                "choose another --workdir."
+            )
+        if (self.path / ".lock").is_file():
+            with self._open_lock("r") as lock:
+                self._lock_file(lock, fcntl.LOCK_SH)
 
     def acquire(self) -> None:
-        """Lock the folder until this process ends, however it ends.
+        """Lock the folder until this process ends, however it ends; `token` is its owner's.
 
         Raises `LockedError` naming the holder. The kernel drops the lock of a dead process.
         """
-        lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open for the process's life)
+        self._take()
+        self._sign()
+
+    def _take(self) -> None:
+        lock = self._open_lock("a+")  # held open for the process's life
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+            self._lock_file(lock, fcntl.LOCK_EX)
+            if not self._is_the_lock(lock):  # replaced while this process waited for it
+                raise LockedError(f"The workdir {self.path} has changed hands: start again.")
+        except LockedError:
             lock.close()
-            raise LockedError(
-                f"The workdir {self.path} is in use by {holder}: wait for it, or choose another."
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+            raise
         self._lock = lock
+
+    def _sign(self) -> None:
+        self.token = secrets.token_hex(6)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}\n{self.token}\n")
+        self._lock.flush()
 
     def release(self) -> None:
         if self._lock:
             self._lock.close()
-            self._lock = None
+            self._lock = self.token = None
+
+    def check_owned(self) -> None:
+        """Raise `LockedError` if the folder has another owner: the lock file was replaced."""
+        if not self._lock:
+            raise LockedError(f"The workdir {self.path} is not locked by this process.")
+        if not self._is_the_lock(self._lock) or self.token not in self._written(self._lock)[1:]:
+            raise LockedError(
+                f"The workdir {self.path} has another owner now: its .lock was deleted or replaced "
+                "while this run had it. Nothing more is saved; end the other run, then start again."
+            )
+
+    def _open_lock(self, mode: str) -> IO[str]:
+        try:
+            return open(self.path / ".lock", mode)
+        except OSError as error:
+            raise LockedError(
+                f"{self.path / '.lock'} cannot be opened: {named(error)}; choose another --workdir."
+            ) from error
+
+    def _lock_file(self, lock: IO[str], kind: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                holder = next(iter(self._written(lock)), "another process")
+                raise LockedError(
+                    f"The workdir {self.path} is in use by {holder}: wait for it, or choose "
+                    "another."
+                ) from error
+
+    def _is_the_lock(self, lock: IO[str]) -> bool:
+        try:
+            there = os.stat(self.path / ".lock")
+        except OSError:
+            return False
+        return os.path.samestat(there, os.fstat(lock.fileno()))
+
+    @staticmethod
+    def _written(lock: IO[str]) -> list[str]:
+        """The lines of a lock file: its holder and the token."""
+        lock.seek(0)
+        return lock.read(1000).splitlines()
 
     def read_config(self) -> dict | None:
         """The stored `config.json`, or None in a new folder."""
@@ -132,6 +210,7 @@ class RunDir:
     def write_config(self, *, source: str, overrides: dict, fields: dict, changes: dict) -> None:
         """Store the resolved config; a resume that changes fields appends to its history."""
         stored = self.read_config() or {"history": []}
+        stored.setdefault("id", secrets.token_hex(8))  # what its checkpoints are told by
         entry = {"time": now(), "overrides": overrides}
         if changes:
             entry["changes"] = {field: list(pair) for field, pair in changes.items()}
@@ -140,6 +219,7 @@ class RunDir:
         write_json(
             self.config,
             {
+                "id": stored["id"],
                 "source": source,
                 "overrides": overrides,
                 "config": fields,
@@ -199,6 +279,11 @@ def write_json(path: Path, value: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def named(error: OSError) -> str:
+    """The error as a sentence has it: [EROFS] Read-only file system."""
+    return f"[{errno.errorcode.get(error.errno, error.errno)}] {error.strerror}"
 
 
 def now() -> str:

@@ -55,7 +55,7 @@ def template() -> ConfigDict:
         config[group] = ConfigDict()
         _durations(config[group], "every")
     _evaluation(config.eval)
-    config.checkpoint.keep_latest = 2
+    config.checkpoint.keep_latest = 2  # 1 keeps two as well: the last one alone might not be read
     config.checkpoint.keep_best = 1  # by the lowest valid loss
     config.log.tensorboard = True
     # of each step: "norms" of its layers; of its microbatches the gradient's "noise" and "angle"

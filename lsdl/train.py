@@ -52,21 +52,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
-    # After the parser, so that --help and a mistyped flag cost no second.
+    # After the parser, so that --help costs no second; what is mistyped or in use is told before
+    # jax is there and the processes meet.
     from lsdl import config as configs
+    from lsdl.rundir import RunDir
+
+    config, _ = configs.load(arguments.config, overrides)
+    folder = RunDir(arguments.workdir or f"runs/{config.name}")
+    arguments.eval_only or folder.check_usable()
     from lsdl import loop, processes, remat_choice
     from lsdl.experiment import build
-    from lsdl.rundir import RunDir
     from lsdl.source import Source
 
-    source = Source(arguments.config, tuple(overrides))
-    source.load()  # what is mistyped is told before the processes meet
     processes.initialise(**flags(arguments))
+    source = Source(arguments.config, tuple(overrides))
     source = processes.together(lambda: remat_choice.resolved(source))
     config, given = source.load()
     experiment = processes.together(lambda: build(config))
     processes.together(experiment.check_data)
-    folder = RunDir(arguments.workdir or f"runs/{experiment.name}")
     say = print if processes.is_main() else lambda *_: None
     if arguments.eval_only:
         folder.check(fields=configs.to_json(config))

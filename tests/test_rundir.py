@@ -256,7 +256,7 @@ def test_config_is_stored_with_its_source_and_overrides(folder):
     before = time.time()
     folder.write_config(**entry(fields={"seed": 1, "name": "x"}))
     stored = folder.read_config()
-    assert stored.keys() == {"source", "overrides", "config", "history"}
+    assert stored.keys() == {"id", "source", "overrides", "config", "history"}
     assert stored["source"] == "configs/x.py"
     assert stored["overrides"] == {"seed": 1}
     assert stored["config"] == {"seed": 1, "name": "x"}
