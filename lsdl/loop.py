@@ -189,14 +189,14 @@ def _train(
             writers.write(step, "valid", valid)
         if stopping or due(step, experiment.checkpoint_every_steps) or checkpoints.check():
             flush()
+            writers.sync()
             with progress.pause(state):
                 checkpoints.save(step, state, metrics=valid)
         if stopping:
             break
     jax.block_until_ready(state)
     _committed(checkpoints, step, state)
-    seen = ramp.examples_before(step) - ramp.examples_before(first)
-    rate = seen / progress.running_s()
+    rate = (ramp.examples_before(step) - ramp.examples_before(first)) / progress.running_s()
     progress.close()
     stopped = stop.signal if step < last else None
     return Outcome(step, signal=stopped, state=state, examples_per_s=rate)

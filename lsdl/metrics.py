@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+
+from lsdl.errors import UserError
+from lsdl.files import open_regular, parse_json, plain, write_text
 
 
 def means(sums, weight):
@@ -31,18 +35,16 @@ def fetched(results: Iterable) -> Iterator:
 
 
 class JsonLines:
-    """`metrics.jsonl`: one row per (step, split), append-only; the first one written stays."""
+    """`metrics.jsonl`: one row per (step, split), append-only; the first one written stays.
+
+    What is not finite is null, so that every reader of JSON can read every line.
+    """
 
     def __init__(self, path: Path, *, after_step: int):
         """Open `path`; rows beyond `after_step`, which a resumed run writes again, are dropped."""
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
         self._written = {(row["step"], row["split"]) for row in kept}
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "w") as file:
-            file.writelines(_line(row) for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_text(path, "".join(map(_line, kept)))
         self._file = open(path, "a")  # noqa: SIM115  (lives as long as the run)
 
     def write(self, row: dict) -> None:
@@ -50,6 +52,10 @@ class JsonLines:
             self._written.add((row["step"], row["split"]))
             self._file.write(_line(row))
             self._file.flush()
+
+    def sync(self) -> None:
+        """Have the rows on the disk: a checkpoint that is committed after this has its rows."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -72,6 +78,9 @@ class TensorBoard:
             if name not in ("step", "split") and math.isfinite(value):
                 self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
+    def sync(self) -> None:
+        """Nothing: these are curves to look at, and no resume reads them."""
+
     def close(self) -> None:
         self._writer.close()
 
@@ -88,24 +97,50 @@ class Writers:
         for writer in self._writers:
             writer.write(row)
 
+    def sync(self) -> None:
+        for writer in self._writers:
+            writer.sync()
+
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`; a torn last line, left by a crash, is skipped."""
-    if not Path(path).exists():
+    """The rows of a `metrics.jsonl`, null as NaN; a torn last line, left by a crash, is skipped.
+
+    Raises `UserError` for a file that lsdl has not written so.
+    """
+    try:
+        with open_regular(Path(path)) as file:
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
         return []
+    last = len(lines) - (lines[-1] == b"")
     rows = []
-    lines = Path(path).read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines[:last], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
+            rows.append(_row(parse_json(line)))
+        except ValueError as error:
+            if number < last:
+                raise UserError(
+                    f"{path} has the broken line {number} ({error}): mend it."
+                ) from error
     return rows
+
+
+def _row(found: object) -> dict:
+    """A row as it was before `_line`; `ValueError` if it was none."""
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    row = {name: math.nan if value is None else value for name, value in found.items()}
+    numbers = [value for name, value in row.items() if name != "split"]
+    if type(row.get("step")) is not int or not isinstance(row.get("split"), str):
+        raise ValueError("it has no step and split")
+    # A float of Python's at most: 1e999 would be read as infinite.
+    if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in numbers if v == v):
+        raise ValueError("not all its values are numbers")
+    return row
 
 
 def _number(value) -> int | float:
@@ -114,4 +149,4 @@ def _number(value) -> int | float:
 
 
 def _line(row: dict) -> str:
-    return json.dumps(row) + "\n"
+    return json.dumps(plain(row), allow_nan=False) + "\n"

@@ -8,6 +8,7 @@ from typing import Any
 from lsdl import page, remat_choice, search
 from lsdl.errors import DOES_NOT_FIT, FINISHED, UserError
 from lsdl.experiment import Experiment
+from lsdl.files import write_json
 from lsdl.optim import groups
 from lsdl.planner import (
     analytic,
@@ -23,7 +24,7 @@ from lsdl.planner import (
     totals,
     tree,
 )
-from lsdl.rundir import versions, write_json
+from lsdl.rundir import versions
 from lsdl.sharding import inspect, mesh
 from lsdl.source import Source
 

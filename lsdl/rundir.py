@@ -6,7 +6,6 @@ config.json env.json metrics.jsonl tensorboard/ checkpoints/
 import errno
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import secrets
@@ -18,6 +17,7 @@ from typing import IO
 
 from lsdl.config import compare
 from lsdl.errors import LockedError, UserError
+from lsdl.files import check_regular, read_json, write_json
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 PATIENCE_S = 0.5  # for a lock: whoever only looks at it holds it for a moment
@@ -104,6 +104,7 @@ class RunDir:
 
     def check_usable(self) -> None:
         """Raise what `create` and `acquire` will, as far as it can be seen; makes nothing."""
+        self.refuse_links()
         there = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
         if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
             read_only = os.statvfs(there).f_flag & os.ST_RDONLY
@@ -126,6 +127,7 @@ class RunDir:
         self._sign()
 
     def _take(self) -> None:
+        self.refuse_links()
         lock = self._open_lock("a+")  # held open for the process's life
         try:
             self._lock_file(lock, fcntl.LOCK_EX)
@@ -195,17 +197,27 @@ class RunDir:
 
     def read_config(self) -> dict | None:
         """The stored `config.json`, or None in a new folder."""
+        self.refuse_links()
         if not self.config.exists():
             return None
         try:
-            stored = json.loads(self.config.read_text())
-            stored["config"], stored["history"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            stored = read_json(self.config)
+            good = isinstance(stored["config"], dict) and isinstance(stored["history"], list)
+        except (UserError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.config} is not what lsdl writes ({error!r}): mend it, or choose another "
+                f"{self.config} is not what lsdl writes ({error}): mend it, or choose another "
                 "--workdir."
             ) from error
+        if not good:
+            raise UserError(f"{self.config} is not what lsdl writes: choose another --workdir.")
         return stored
+
+    def refuse_links(self) -> None:
+        """Raise `UserError` if a part of the folder is a link, a pipe or a device."""
+        for file in (self.config, self.env, self.plan, self.metrics, self.path / ".lock"):
+            check_regular(file)
+        for folder in (self.tensorboard, self.checkpoints):
+            check_regular(folder, folder=True)
 
     def write_config(self, *, source: str, overrides: dict, fields: dict, changes: dict) -> None:
         """Store the resolved config; a resume that changes fields appends to its history."""
@@ -227,6 +239,15 @@ class RunDir:
             },
         )
 
+    def read_env(self) -> dict:
+        """The stored `env.json`, {} if there is none; `UserError` if it is not one."""
+        if not self.env.exists():
+            return {}
+        found = read_json(self.env)
+        if not isinstance(found, dict) or not isinstance(found.get("resumed", []), list):
+            raise UserError(f"{self.env} is not what lsdl writes: move it away.")
+        return found
+
     def write_env(self, *, devices: dict) -> None:
         """Record the versions, machine, devices and commit; a resume's go below `resumed`."""
         env = {
@@ -240,8 +261,8 @@ class RunDir:
             "commit": commit(),
         }
         if self.env.exists():
-            first = json.loads(self.env.read_text())
-            env = first | {"resumed": [*first["resumed"], env]}
+            first = self.read_env()
+            env = first | {"resumed": [*first.get("resumed", []), env]}
         write_json(self.env, env | {"resumed": env.get("resumed", [])})
 
 
@@ -268,17 +289,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if dirty else "")
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write `value` so that a reader or a crash sees the old file or the new one, never half."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def named(error: OSError) -> str:

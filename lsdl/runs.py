@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsdl.errors import UserError
+from lsdl.files import read_json
 from lsdl.metrics import read_rows
 from lsdl.rundir import RunDir
 
@@ -53,10 +54,13 @@ def read_run(path: Path) -> Run:
         for row in read_rows(folder.metrics):
             rows[row["split"]].append(row)
         others = [folder.env, folder.plan]
-        env, plan = (json.loads(f.read_text()) if f.exists() else {} for f in others)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not as lsdl writes it ({error!r}): mend it.") from error
-    return Run(Path(path), stored["config"], stored["source"], env, plan, dict(rows))
+        env, plan = (read_json(f) if f.exists() else {} for f in others)
+    except UserError as error:
+        raise UserError(f"{path} is not as lsdl writes it: {error}") from error
+    if not (isinstance(env, dict) and isinstance(plan, dict)):
+        raise UserError(f"{path} is not as lsdl writes it: env.json and plan.json hold objects.")
+    source = str(stored.get("source", ""))
+    return Run(Path(path), stored["config"], source, env, plan, dict(rows))
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

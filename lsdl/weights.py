@@ -13,7 +13,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from lsdl.errors import UserError
-from lsdl.rundir import write_json
+from lsdl.files import write_json
 
 FILE = "model.safetensors"
 

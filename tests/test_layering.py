@@ -13,6 +13,7 @@ PACKAGE = ROOT / "lsdl"
 LEVELS = [
     [
         "errors",
+        "files",
         "schema",
         "config",
         "state",
@@ -28,7 +29,14 @@ LEVELS = [
         "exercise",
     ],
     [
-        *("data.folder", "data.readers", "data.digits", "data.tabular", "data.synthetic"),
+        *(
+            "data.folder",
+            "data.shards",
+            "data.readers",
+            "data.digits",
+            "data.tabular",
+            "data.synthetic",
+        ),
         *("data.captions", "data.stdlib", "data.text", "data.corpus", "data.sources"),
         *("data.part", "data.transforms", "data.dataset", "data.ramp", "data.loader"),
         *("models.remat", "models.layers", "models.moe", "models.transformer"),

@@ -12,6 +12,7 @@ import pytest
 from lsdl import dynamics, page, plots, reporting, verdict
 from lsdl import runs as kept
 from lsdl.analysis import noise
+from lsdl.files import plain
 from lsdl.report import main
 
 NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
@@ -94,7 +95,7 @@ def made(folder, *, seed=0, name="made", rows=(), **fields):
         json.dumps({"source": "c.py", "config": fields, "history": []})
     )
     rows = rows or [{"step": s, "split": "train", "loss": 1 / s} for s in range(1, 9)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(plain(row)) + "\n" for row in rows))
     return folder
 
 

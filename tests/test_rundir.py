@@ -15,7 +15,8 @@ import pytest
 
 from lsdl import rundir
 from lsdl.errors import LOCKED, LockedError, UserError
-from lsdl.rundir import RunDir, write_json
+from lsdl.files import write_json
+from lsdl.rundir import RunDir
 
 # Creation
 
@@ -89,7 +90,7 @@ def test_json_is_written_whole_and_alone(tmp_path):
         assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("fails", ["json.dump", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("fails", ["json.dumps", "os.fsync", "os.replace"])
 def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fails):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
@@ -124,7 +125,7 @@ def test_content_is_on_disk_before_it_has_the_name(tmp_path, monkeypatch):
         call = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, _n=name, _c=call: (order.append(_n), _c(*a)))
     write_json(tmp_path / "x.json", {})
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # the last one is the folder's
 
 
 # The lock

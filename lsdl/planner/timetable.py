@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from lsdl.errors import FINISHED
+from lsdl.files import write_json
 from lsdl.optim.conditions import lines as condition_lines
-from lsdl.rundir import write_json
 
 WIDE, HIGH = 64, 10
 
