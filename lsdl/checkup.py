@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsdl import processes
 from lsdl.commits import FEWEST
+from lsdl.data.shards import Shard
 from lsdl.diagnosis import findings, grouped, names, table
 from lsdl.errors import STUCK, UserError
 from lsdl.experiment import Experiment
@@ -273,6 +274,15 @@ def checkpoint_bytes(experiment: Experiment) -> int:
     leaves = jax.tree.leaves(experiment.abstract_state)
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     return state * (max(experiment.keep_latest + experiment.keep_best, FEWEST) + 1)
+
+
+def shards_compared(shards: Sequence[Shard]) -> str:
+    """What has been read of a data set's files, each as its digest says."""
+    size = sum(shard.bytes for shard in shards)
+    return (
+        f"{len(shards)} files of {size:,} bytes are as their digests say (a file's first reading "
+        "makes its digest)."
+    )
 
 
 def loader_alone(experiment: Experiment, batches: int) -> str:

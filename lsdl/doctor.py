@@ -11,11 +11,13 @@ EXAMPLES = """examples:
   python -m lsdl.doctor
   srun python -m lsdl.doctor --distributed=auto --config configs/digits_vit.py --workdir runs/a
   python -m lsdl.doctor --data configs/digits_vit.py
+  python -m lsdl.doctor --data configs/cifar10_vit.py --digests
 
 Looked at: processes and devices against what the launcher says, one all-reduce for each axis of the
 mesh (the config's, or data=-1), the versions and clocks of all processes, the workdir and the space
 in it, the config and its data. Nothing is trained.
-exit codes: 0 all is well, 2 findings, 69 other processes out of reach, 71 no answer, 130 Ctrl-C"""
+exit codes: 0 all is well, 2 findings, 65 damaged data, 66 no data, 69 other processes out of reach,
+71 no answer, 130 Ctrl-C"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--workdir", help="its run folder (default: runs/NAME, the config's name)")
     add("--eval-only", action="store_true", help="for train; changes nothing here")
     add("--data", metavar="FILE[:VARIANT]", help="measure this config's loader alone, and stop")
+    add("--digests", action="store_true", help="of --data: read all prepared files and compare")
     add("--batches", type=int, default=50, metavar="N", help="of --data (default: 50)")
     add("--wait", type=float, default=120, metavar="S", help="seconds that the other processes "
         "have to join, and each check after that (default: 120)")  # fmt: skip
@@ -69,7 +72,11 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = configs.load(file, overrides)[0] if file else None
     processes.initialise(**flags(arguments), wait_s=arguments.wait)
     if arguments.data:
-        print(checkup.loader_alone(build(config), arguments.batches))
+        experiment = build(config)
+        if arguments.digests:
+            print(checkup.shards_compared(experiment.check_digests()))
+        else:
+            print(checkup.loader_alone(experiment, arguments.batches))
         return FINISHED
     workdir = arguments.workdir or (config and f"runs/{config.name}")
     findings = checkup.examine(

@@ -24,6 +24,7 @@ from lsdl.config import duration_steps, from_json, load
 from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.data.ramp import Ramp
+from lsdl.data.shards import Shard
 from lsdl.errors import UserError
 from lsdl.models import remat
 from lsdl.optim.conditions import Conditions
@@ -78,6 +79,8 @@ class Experiment:
     eval_loader: Callable[[str], Loader]  # of a split: train | valid | test
     evaluators: tuple[Callable, ...]  # (state, eval_loader, split) -> metrics
     check_data: Callable[[], None]  # UserError unless all splits and weights can be read
+    check_digests: Callable[[], list[Shard]]  # of the prepared files; DataError for a wrong one
+    identify_data: Callable[[], str]  # see `data_fingerprint`
     batch_size: int
     accum: int  # microbatches of a step
     remat: str  # what the model's blocks keep for their backward pass
@@ -98,6 +101,14 @@ class Experiment:
         return self.phases[0].train_step
 
     @property
+    def data_fingerprint(self) -> str:
+        """Of what determines the records: equal in all processes, and in a run that goes on.
+
+        Names, splits, counts and files, as they lie on disk: raises `UserError` as `check_data`.
+        """
+        return self.identify_data()
+
+    @property
     def abstract_batch(self) -> Batch:
         """Of the first phase, with shardings."""
         return self.phases[0].abstract_batch
@@ -111,6 +122,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
 
     Raises `UserError` for whatever does not fit together, before any compilation.
     """
+    components.check_fields(config.model)
     devices = jax.devices() if devices is None else devices
     number = devices if isinstance(devices, int) else len(devices)
     sizes = meshes.parse_mesh(config.mesh, number)
@@ -290,6 +302,8 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         check_data=lambda: _check_data(
             [data, transfer], init_from, config.init_fresh, teacher_weights, abstract_state
         ),
+        check_digests=data.shards,
+        identify_data=data.identity,
         batch_size=batch_size,
         accum=config.accum,
         remat=config.remat,
@@ -315,6 +329,7 @@ ALONE = {
     "batch_ramp": (),
     "log.measure": (),
     "init_from": "",
+    "init_fresh": "",
     "teacher": "",
     "loss.distill_weight": 0.0,
     "eval.probes": (),

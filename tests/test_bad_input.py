@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lsdl.errors import BAD_INPUT, LOCKED
+from lsdl.errors import BAD_INPUT, LOCKED, NO_DATA
 from lsdl.rundir import RunDir
 from lsdl.train import main
 from tests.conftest import CONFIGS
@@ -146,10 +146,6 @@ CASES = {
     "accum": (["--config.accum=5"], ["accum=5", "batch_size=96", "1, 2, 3, 4, 6, 8"]),
     "accum over shards": (["--config.accum=24"], ["batch_size=96", "divisible by 192", "accum"]),
     # data
-    "not on disk": (
-        ["--config.data.source=tfds:cifar10", "--config.data.valid_split=test"],
-        ["tfds:cifar10 is not on disk", "download_and_prepare"],
-    ),
     "unknown source": (["--config.data.source=digit"], ["'digit'", "digits", "tfds:NAME"]),
     "unknown TFDS name": (["--config.data.source=tfds:no_such_set"], ["'no_such_set'"]),
     "unknown split": (["--config.data.valid_split=val"], ["'val'", "train, valid, test"]),
@@ -307,6 +303,13 @@ def test_refusal_of_a_task_is_one_sentence(refused, case):
     sentence = refused(*(f"--config.{override}" for override in overrides), config=config)
     for word in words:
         assert word in sentence
+
+
+def test_data_that_are_not_there_are_refused_with_their_own_code(refused):
+    source = ["--config.data.source=tfds:cifar10", "--config.data.valid_split=test"]
+    sentence = refused(*source, code=NO_DATA)
+    assert "tfds:cifar10 is not on disk" in sentence
+    assert "download_and_prepare" in sentence
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -497,20 +500,21 @@ def test_flags_that_cannot_be_parsed_leave_with_two(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "sentence", "code"),
     [
-        (["--config.data.test_examples=271"], "lsdl: digits test holds 270 examples"),
-        pytest.param(
+        (["--config.data.test_examples=271"], "lsdl: digits test holds 270 examples", BAD_INPUT),
+        (
             ["--config.data.source=tfds:cifar10", "--config.data.valid_split=test"],
             "lsdl: tfds:cifar10 is not on disk.",
+            NO_DATA,
         ),
     ],
 )
-def test_a_process_of_its_own_says_no_more(tmp_path, arguments, sentence):
+def test_a_process_of_its_own_says_no_more(tmp_path, arguments, sentence, code):
     config = f"{CONFIGS / 'digits_vit.py'}:smoke"
     command = [sys.executable, "-m", "lsdl.train", "--config", config, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == BAD_INPUT
+    assert run.returncode == code
     assert run.stdout == ""
     assert run.stderr.startswith(sentence)
     assert len(run.stderr.splitlines()) == 1

@@ -258,3 +258,9 @@ sys.exit(doctor.main(sys.argv[1:]))"""
         "environment.",
     ]
     assert "lsdl:" not in one[2]
+
+
+@pytest.mark.threat(21)
+def test_digests_of_the_data_are_compared(capsys):
+    assert main(["--data", f"{CONFIGS / 'digits_mlp.py'}:smoke", "--digests"]) == 0
+    assert capsys.readouterr().out.startswith("3 files of ")

@@ -329,7 +329,7 @@ def test_the_cache_is_plain_files(folder, bpe):
     found = tokenised("Some/texts:1", texts, text.tokenizer(str(bpe)))
     (place,) = (folder / "tokens").iterdir()
     assert place.name.startswith("Some-texts-1-")
-    assert cached(folder) == [".lock", "meta.json", "starts.npy", "tokens.npy"]
+    assert cached(folder) == [".lock", "meta.json", "shards.json", "starts.npy", "tokens.npy"]
     tokens = np.load(place / "tokens.npy")
     assert tokens.dtype == np.uint16
     np.testing.assert_array_equal(tokens, found.tokens)

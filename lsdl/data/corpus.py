@@ -5,7 +5,6 @@ Shape letters: N windows, L tokens that an example predicts.
 """
 
 import hashlib
-import json
 import os
 import re
 import sys
@@ -16,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lsdl.data import shards
 from lsdl.data.folder import data_dir, locked
 from lsdl.errors import UserError
-from lsdl.rundir import write_json
+from lsdl.files import read_json, write_json
 
 CHUNK = 1000  # documents tokenised at a time
 
@@ -105,15 +105,29 @@ def tokenised(name: str, documents, tokenizer, *, at_least: int | None = None) -
         with locked(folder):
             if not _enough(folder, at_least):
                 _write(folder, name, documents, tokenizer, at_least)
+    shards_of(folder)
     load = lambda file: np.load(folder / file, mmap_mode="r")  # noqa: E731
     return Tokens(load("tokens.npy"), load("starts.npy"), _meta(folder)["complete"])
+
+
+def shards_of(folder: Path, *, digests: bool = False) -> list[shards.Shard]:
+    """The two files of tokens in `folder`; `DataError` unless they are as they were written."""
+    meta = _meta(folder)
+    return shards.check(
+        folder,
+        {"tokens.npy": meta["tokens"], "starts.npy": meta["documents"]},
+        count=lambda path: len(np.load(path, mmap_mode="r")),
+        digests=digests,
+        mend=f"delete {folder}, and the next run tokenises {meta['source']} again.",
+    )
 
 
 def _meta(folder: Path) -> dict | None:
     """What `_write` wrote last; None if it did not end."""
     try:
-        return json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        meta = read_json(folder / "meta.json")
+        return meta if isinstance(meta["tokens"] + meta["documents"], int) else None
+    except (FileNotFoundError, NotADirectoryError, UserError, KeyError, TypeError):
         return None
 
 
@@ -150,10 +164,16 @@ def _write(folder: Path, name: str, documents, tokenizer, at_least: int | None) 
             bar.update(len(texts))
         file.seek(0)
         _header(file, dtype, count)
+        _sync(file)
     with open(folder / "starts.partial", "wb") as file:
         np.save(file, np.frombuffer(starts, np.int64))
+        _sync(file)
+    for stale in ("meta.json", shards.MANIFEST):  # of a shorter row of tokens
+        (folder / stale).unlink(missing_ok=True)
     for stem in ("tokens", "starts"):
         os.replace(folder / f"{stem}.partial", folder / f"{stem}.npy")
+    made = {"tokens.npy": count, "starts.npy": read}
+    shards.record(folder, [shards.made(folder / file, number) for file, number in made.items()])
     if hasattr(documents, "manifest"):
         write_json(folder / "manifest.json", documents.manifest())
     meta = {
@@ -165,6 +185,11 @@ def _write(folder: Path, name: str, documents, tokenizer, at_least: int | None) 
         "complete": read == len(documents),
     }
     write_json(folder / "meta.json", meta)  # the last: its presence says that all is there
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _header(file, dtype: np.dtype, count: int) -> None:

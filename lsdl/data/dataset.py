@@ -6,6 +6,8 @@ such; `image`, `caption` (T,) (0: padding) and `label`. Whole numbers are int32.
 """
 
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import numpy as np
 
 from lsdl.data.part import Part, make_part
 from lsdl.data.readers import Features, Interleaving, Mixture, NoisyLabels, in_memory, nbytes
+from lsdl.data.shards import Shard
 from lsdl.data.transforms import Transform, parse
 from lsdl.errors import UserError
 
@@ -40,6 +43,8 @@ class Dataset:
     reader: Callable[[str], Any]  # of a split: opened once and kept
     transforms: Callable[[str], Sequence[Transform]]  # of a split
     check: Callable[[], Any]  # raises UserError unless every split can be opened
+    shards: Callable[[], list[Shard]]  # of all splits, once every byte of them has been looked at
+    identity: Callable[[], str]  # of what determines the records: names, splits, counts, files
 
 
 def make(
@@ -67,12 +72,7 @@ def make(
     _check_alike(main, mixed)
     _check_noise(main, label_noise)
     order = Interleaving([weight for _, weight in mixture]) if mixture else None
-    counts = {split: main.count(splits[split], declared[split]) for split in ("valid", "test")}
-    if order and declared["train"] is None:
-        available = [other.count(splits["train"]) for other in mixed]
-        counts["train"] = order.longest(available)
-    else:
-        counts["train"] = main.count(splits["train"], declared["train"])
+    counts = _counts(main, mixed, order, splits, declared)
 
     special = (main.tokenizer.separator,) if main.tokenizer else ()
     train = [parse(word, special=special) for word in transforms]
@@ -106,6 +106,8 @@ def make(
         small = nbytes(main.features, counts[split]) <= in_memory_mib * 2**20
         return in_memory(found, main.features) if small and not hasattr(found, "rows") else found
 
+    read = [(p, splits["train"]) for p in mixed or [main]]
+    read += [(main, splits[split]) for split in ("valid", "test")]
     return Dataset(
         features={n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in features.items()},
         counts={split: counts[split] for split in SPLITS},
@@ -121,7 +123,29 @@ def make(
         reader=reader,
         transforms=lambda split: train if split == "train" else evaluation,
         check=lambda: [opened(split) for split in SPLITS],
+        shards=lambda: [s for part, split in read for s in part.shards(split, digests=True)],
+        identity=functools.cache(lambda: _identity(read, counts, mixture, label_noise)),
     )
+
+
+def _counts(
+    main: Part,
+    mixed: Sequence[Part],
+    order: Interleaving | None,
+    splits: Mapping[str, str],
+    declared: Mapping[str, int | None],
+) -> dict[str, int]:
+    counts = {split: main.count(splits[split], declared[split]) for split in SPLITS[1:]}
+    if order and declared["train"] is None:
+        available = [other.count(splits["train"]) for other in mixed]
+        return counts | {"train": order.longest(available)}
+    return counts | {"train": main.count(splits["train"], declared["train"])}
+
+
+def _identity(read: Sequence[tuple[Part, str]], *more: Any) -> str:
+    """A digest of what the parts of `read` hold, and of what is made of them."""
+    made = [[part.identity(split) for part, split in read], *more]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _checked(mixture: Sequence) -> Sequence[tuple[str, float]]:

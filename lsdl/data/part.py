@@ -8,6 +8,7 @@ import numpy as np
 
 from lsdl.data import captions, corpus, sources, text
 from lsdl.data.readers import Features, Leaf
+from lsdl.data.shards import Shard
 from lsdl.errors import UserError
 
 
@@ -55,6 +56,21 @@ class Part:
             length=self.seq_len,
             per_image=self.card.captions_per_image,
         )
+
+    def shards(self, split: str, *, digests: bool = False) -> list[Shard]:
+        """The prepared files of `split`, looked at as `sources.shards_of` says."""
+        return sources.shards_of(self.source, split, digests=digests)
+
+    def identity(self, split: str) -> list:
+        """What determines the records of `split`: equal wherever they are equal."""
+        found = [self.source, split, self.seq_len, self.segments]
+        if self.tokenizer:
+            found.append(self.tokenizer.fingerprint)
+        if self.source == "stdlib_text":
+            return [*found, sources.open_documents(self.source, split).identity]
+        # Files that lsdl prepares itself may differ in what packs them, and never in their records.
+        own = not self.source.startswith("tfds:")
+        return [*found, *([s.name, s.examples, 0 if own else s.bytes] for s in self.shards(split))]
 
     def caption(self, text: str) -> np.ndarray:
         """(T,) int32: `text` as this part's captions are tokenised."""

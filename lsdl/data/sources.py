@@ -9,16 +9,19 @@ import functools
 import inspect
 import io
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lsdl.data import captions, digits, stdlib, synthetic, tabular
+from lsdl.data import captions, digits, shards, stdlib, synthetic, tabular
 from lsdl.data.folder import data_dir, locked
 from lsdl.data.readers import Arrays, Features, Leaf, Table
-from lsdl.errors import UserError
+from lsdl.errors import NoDataError, UserError
+from lsdl.files import check_name
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,10 @@ def _open_prepared(source: str, split: str):
         _prepare(source)
     builder = _builder(source)
     try:
-        return builder.as_data_source(split=split)
+        reader = builder.as_data_source(split=split)
+        if not builder.info.splits:
+            return reader  # TFDS's mock of a set: examples without files
+        parts = builder.info.splits[split].file_instructions
     except (tfds.core.DatasetNotFoundError, AssertionError, FileNotFoundError) as error:
         raise _missing(source) from error
     except (KeyError, ValueError) as error:
@@ -259,6 +265,48 @@ def _open_prepared(source: str, split: str):
             f"{source} lies on disk in a format without random access: prepare it again with "
             f"file_format='array_record' ({' '.join(str(error).split())})"
         ) from error
+    _checked(source, builder, parts)
+    return shards.Records(
+        reader,
+        [(part.filename, part.skip, part.take) for part in parts],
+        what=f"{source} {split}",
+        mend=_mend(source, builder),
+    )
+
+
+def shards_of(source: str, split: str, *, digests: bool = False) -> list[shards.Shard]:
+    """The files that `split` is read from, once they are as they were prepared; [] of a table.
+
+    `digests`: every byte of them is read. Raises `DataError` for one that is not.
+    """
+    if source.partition(":")[0] in TABLES or source == "stdlib_text":
+        return []
+    source = "digits" if source == "captioned_digits" else source
+    if source == "digits":
+        _prepare(source)
+    builder = _builder(source)
+    if not builder.info.splits:
+        return []
+    parts = builder.info.splits[split].file_instructions
+    return _checked(source, builder, parts, digests=digests)
+
+
+def _checked(source: str, builder, parts, *, digests: bool = False) -> list[shards.Shard]:
+    kind = builder.info.file_format
+    counts = kind == tfds.core.FileFormat.ARRAY_RECORD
+    adapter = tfds.core.file_adapters.ADAPTER_FOR_FORMAT[kind]
+    return shards.check(
+        Path(builder.data_dir),
+        {part.basename(): part.examples_in_shard for part in parts},
+        count=adapter.num_examples if counts else None,
+        digests=digests,
+        mend=_mend(source, builder),
+    )
+
+
+def _mend(source: str, builder) -> str:
+    again = "the next run prepares it again" if source == "digits" else f"then: {_command(source)}"
+    return f"delete {builder.data_dir}, and {again}."
 
 
 def _embedded() -> str:
@@ -271,6 +319,8 @@ def _builder(source: str) -> tfds.core.DatasetBuilder:
         return digits.Digits(data_dir=str(data_dir()), file_format="array_record")
     logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what `_missing` explains
     name = source.removeprefix("tfds:")
+    for word in re.split("[/:]", name):
+        check_name(word, what="data.source")
     try:
         # What is on disk comes before what TFDS has code for: in lsdl's folder, then in TFDS's own.
         for folder in (str(data_dir()), None):
@@ -294,12 +344,15 @@ def _no_split(source: str, split: str, splits: Mapping) -> UserError:
     )
 
 
-def _missing(source: str) -> UserError:
-    name = source.removeprefix("tfds:")
-    return UserError(
-        f"{source} is not on disk. Prepare it once: pip install -e '.[tfds-prepare]', then "
-        f"python -c \"import tensorflow_datasets as t; t.builder('{name}', data_dir="
-        f"'{data_dir()}', file_format='array_record').download_and_prepare()\""
+def _missing(source: str) -> NoDataError:
+    return NoDataError(f"{source} is not on disk. Prepare it once: {_command(source)}")
+
+
+def _command(source: str) -> str:
+    return (
+        "pip install -e '.[tfds-prepare]', then python -c \"import tensorflow_datasets as t; "
+        f"t.builder('{source.removeprefix('tfds:')}', data_dir='{data_dir()}', "
+        "file_format='array_record').download_and_prepare()\""
     )
 
 
@@ -317,3 +370,5 @@ def _prepare(source: str) -> None:
                 builder.download_and_prepare(
                     download_config=tfds.download.DownloadConfig(compute_stats="skip")
                 )
+            for split in builder.info.splits:
+                _checked(source, builder, builder.info.splits[split].file_instructions)
