@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lsdl import tasks
 from lsdl.checks import choice
-from lsdl.config import duration_steps, from_json, template, to_steps
+from lsdl.config import duration_steps, from_json, is_of, template, to_steps
 from lsdl.data import dataset, ramp
 from lsdl.data.dataset import SPLITS, Dataset
 from lsdl.data.ramp import Ramp
@@ -139,11 +139,35 @@ def _policy(policy: str) -> str:
     return policy
 
 
+FILLED = (
+    *("num_classes", "dtype", "remat", "axis_name", "attention", "pipe"),
+    *("parent", "name"),  # Flax's own
+)
+
+
+def check_fields(model: ConfigDict) -> None:
+    """Raise `UserError` unless `model` has the fields of its class, each of its type."""
+    cls = MODELS[choice("model.name", model.name, MODELS)]
+    parameters = inspect.signature(cls).parameters
+    own = {name: p.annotation for name, p in parameters.items() if name not in FILLED}
+    for name in sorted(set(model) - own.keys() - {"name"}):
+        raise UserError(f"model {model.name} has no field {name!r}; {nearest(name, own)}")
+    for name, kind in own.items():
+        if name not in model:
+            raise UserError(
+                f"model {model.name} needs model.{name}: a config leaves no default to the code."
+            )
+        if not is_of(model[name], kind):
+            form = getattr(kind, "__name__", kind) if kind in (bool, int, float, str) else kind
+            raise UserError(f"model.{name}={model[name]!r} must be of type {form}.")
+
+
 def make_module(
     config: ConfigDict, data: Dataset, *, mesh: Mesh | AbstractMesh | None = None
 ) -> nn.Module:
     """The model with the fields of its own from `config.model`, and those that lsdl fills."""
-    cls = MODELS[choice("model.name", config.model.name, MODELS)]
+    check_fields(config.model)
+    cls = MODELS[config.model.name]
     outputs = data.features["target"].shape[0] if config.task == "regression" else data.num_classes
     filled = {
         "num_classes": outputs,
@@ -164,14 +188,7 @@ def make_module(
             f"mesh={config.mesh!r} has sequence={mesh.shape['sequence']}, and model "
             f"{config.model.name} cannot split one: give its devices to another axis."
         )
-    own = {name for name in parameters if name not in (*filled, "parent", "name")}
     given = {name: config.model[name] for name in config.model if name != "name"}
-    for name in given.keys() - own:
-        raise UserError(f"model {config.model.name} has no field {name!r}; {nearest(name, own)}")
-    for name in own - given.keys():
-        raise UserError(
-            f"model {config.model.name} needs model.{name}: a config leaves no default to the code."
-        )
     return cls(**given, **{k: v for k, v in filled.items() if k in parameters})
 
 

@@ -11,12 +11,15 @@ import math
 import os
 import re
 import runpy
+import traceback
+import typing
 from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from lsdl.errors import UserError, nearest
+from lsdl.files import check_name
 from lsdl.schema import DURATIONS, OPTIONAL_DURATIONS, UNITS, template
 
 NOT_NEGATIVE = (
@@ -120,10 +123,26 @@ def _read(path: str) -> ConfigDict:
     if not file.endswith(".py") or not os.path.isfile(file):
         raise UserError(f"There is no config file {file!r}: give the path of a Python file.")
     # Not an import: the cache of bytecode misses an edit within the same second.
-    module = runpy.run_path(file, run_name="lsdl_config")
-    if "get_config" not in module:
-        raise UserError(f"The config file {file!r} has no function get_config(arg).")
-    return module["get_config"](arg)
+    try:
+        module = runpy.run_path(file, run_name="lsdl_config")
+        if "get_config" not in module:
+            raise UserError(f"The config file {file!r} has no function get_config(arg).")
+        config = module["get_config"](arg)
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's program
+        raise UserError(_failure(file, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {file!r} returns {config!r:.40}, which is no config.")
+    return config
+
+
+def _failure(file: str, error: Exception) -> str:
+    """Where in the config file it went wrong, and how."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    lines += [error.lineno] if isinstance(error, SyntaxError) else []
+    place = f"line {lines[-1]} of {file}" if lines else file
+    return f"The config fails at {place}: {type(error).__name__}: {str(error).strip()}"
 
 
 def _unknown_field(word: str, config: ConfigDict) -> str:
@@ -157,11 +176,12 @@ def validate(config: ConfigDict) -> None:
     schema = template()
     fields, own = flatten(schema), ("model.",)
     actual = flatten(config)
-    for field in sorted(fields.keys() - actual.keys()):
-        raise UserError(f"The config lacks the field {field!r}: start from lsdl.config.template().")
     for field in sorted(actual.keys() - fields.keys()):
         if not field.startswith(own):
             raise UserError(f"The config has no field {field!r}: {nearest(field, fields)}")
+    for field in sorted(fields.keys() - actual.keys()):
+        raise UserError(f"The config lacks the field {field!r}: start from lsdl.config.template().")
+    _check_types(schema, actual)
     for field, value in actual.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{field}={value} must be a finite number.")
@@ -174,6 +194,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"init_fresh={actual['init_fresh']!r} needs an init_from.")
     if not actual["name"]:
         raise UserError("name='' is empty: it names the run's default folder, runs/NAME.")
+    check_name(actual["name"], what="name")
     _check_durations(actual)
     for field in (*("batch_size", "accum", "checkpoint.keep_latest", "data.prefetch"), *AT_LEAST_1):
         if actual[field] < 1:
@@ -203,6 +224,31 @@ def validate(config: ConfigDict) -> None:
             f"accum={actual['accum']} must divide batch_size={actual['batch_size']}: "
             f"choose from {_divisors(actual['batch_size'])}."
         )
+
+
+def _check_types(schema: ConfigDict, actual: dict) -> None:
+    """What a ConfigDict lets pass: None for anything, and a truth value for a number.
+
+    An integer may stand for a real number.
+    """
+    for field, default in flatten(schema).items():
+        group, _, leaf = field.rpartition(".")
+        node = functools.reduce(ConfigDict.__getitem__, filter(None, group.split(".")), schema)
+        kind, value = node.get_type(leaf), actual[field]
+        if field == "rules":
+            if not isinstance(value, str | tuple):
+                raise UserError(f"rules={value!r} must be a name, or a tuple of pairs.")
+        elif not is_of(value, kind) and not (value is None and default is None):
+            raise UserError(f"{field}={value!r} must be of type {kind.__name__}.")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether `value` is of `kind`: bool, int, float (or an int), str, tuple, tuple[int, ...]."""
+    kind, of = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    right = isinstance(value, int | float if kind is float else kind)
+    return right and all(is_of(inner, of[0]) for inner in value) if of else right
 
 
 def _check_durations(actual: dict) -> None:
@@ -323,12 +369,19 @@ def to_json(config: ConfigDict) -> dict:
 
 
 def from_json(fields: dict) -> FrozenConfigDict:
-    """The config that a run folder stores: `to_json` undone."""
+    """The config that a run folder stores: `to_json` undone. It is checked as one from a file."""
     config = template()
     for field, value in fields.items():
         *groups, name = field.split(".")
-        group = functools.reduce(ConfigDict.__getitem__, groups, config)
-        group[name] = _tuples(value)
+        try:
+            group = functools.reduce(ConfigDict.__getitem__, groups, config)
+            group[name] = _tuples(value)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"The stored field {field[:80]!r} is not a config's: {reason}"
+            ) from error
+    validate(config)
     return FrozenConfigDict(config)
 
 

@@ -163,7 +163,7 @@ def test_file_is_read_anew_each_time(write, monkeypatch):
         ("log.tensorboard=False", False),
         ("model.gated=true", True),
         ("name=run", "run"),
-        ("name=a=b", "a=b"),
+        ("data.source=a=b", "a=b"),
         ("name=3", "3"),
         ("mesh=data=4,tensor=2", "data=4,tensor=2"),
         ("data.transforms=('flip', 'shift:2')", ("flip", "shift:2")),
