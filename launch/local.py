@@ -7,7 +7,7 @@ have virtual CPU devices: a pod to try a mesh on, in the memory of one machine.
 import argparse
 import sys
 
-from lsdl.processes import spawn_local, watch
+from lsdl.launcher import spawn_local, watch
 
 
 def main() -> int:

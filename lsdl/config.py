@@ -24,7 +24,7 @@ from lsdl.schema import DURATIONS, OPTIONAL_DURATIONS, UNITS, template
 
 NOT_NEGATIVE = (
     *("loss.mixup", "loss.distill_temperature", "loss.z_loss", "loss.balance"),
-    "pipeline_microbatches",
+    *("pipeline_microbatches", "stuck_after_s"),
     "loss.chunk",
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
     *(f"optim.schedule.{name}_factor" for name in ("start", "end", "low")),
@@ -39,7 +39,8 @@ AT_LEAST_1 = (
 
 # What a resumed run may change: nothing here enters the mathematics of a step.
 RESUMABLE = re.compile(
-    r"((dcn_)?mesh|(param_)?rules|partitioner|sequence_attention|pipeline_microbatches|remat|total_\w+)$"
+    r"((dcn_)?mesh|(param_)?rules|partitioner|sequence_attention|pipeline_microbatches|remat|total_\w+"
+    r"|stuck_after_s)$"
     r"|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$"
 )
 

@@ -1,10 +1,10 @@
 """Doctor: `python -m lsdl.doctor [FLAGS of lsdl.train]`: whether the set-up is fit for it."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from lsdl.errors import BAD_INPUT, FINISHED, INTERRUPTED, UserError, refuse
+from lsdl.entry import framed, leave
+from lsdl.errors import BAD_INPUT, FINISHED, UserError
 from lsdl.rendezvous import add_flags, flags
 
 EXAMPLES = """examples:
@@ -35,26 +35,12 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="FILE[:VARIANT]", help="measure this config's loader alone, and stop")
     add("--digests", action="store_true", help="of --data: read all prepared files and compare")
     add("--batches", type=int, default=50, metavar="N", help="of --data (default: 50)")
-    add("--wait", type=float, default=120, metavar="S", help="seconds that the other processes "
-        "have to join, and each check after that (default: 120)")  # fmt: skip
-    add_flags(add)
+    add_flags(add, wait_s=120)  # also what each check may take
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments, overrides = parser().parse_known_args(argv)
-    if overrides and not (arguments.config or arguments.data):
-        parser().error(f"unrecognized arguments: {' '.join(overrides)}")
-    try:
-        return doctor(arguments, overrides)
-    except UserError as error:
-        from lsdl.processes import speaks
-
-        if speaks(error, **flags(arguments)):
-            refuse(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return framed(doctor, parser(), argv)
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -64,13 +50,15 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from lsdl import config as configs
     from lsdl.experiment import build
 
+    if overrides and not (arguments.config or arguments.data):
+        parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     if arguments.batches < 1 or arguments.wait <= 0:
         raise UserError(
             f"--batches={arguments.batches} and --wait={arguments.wait:g} must be positive."
         )
     file = arguments.data or arguments.config
     config = configs.load(file, overrides)[0] if file else None
-    processes.initialise(**flags(arguments), wait_s=arguments.wait)
+    processes.initialise(**flags(arguments))
     if arguments.data:
         experiment = build(config)
         if arguments.digests:
@@ -89,4 +77,4 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

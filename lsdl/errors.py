@@ -1,6 +1,10 @@
 """What goes wrong, and the exit code of each: one list for all entries."""
 
+import contextlib
+import os
 import sys
+import threading
+from typing import NoReturn
 
 FINISHED = 0
 DOES_NOT_FIT = 1  # the plan is not for the target it was made for
@@ -16,6 +20,7 @@ STORAGE = 74  # a checkpoint could not be written or read: disk full, I/O error,
 DISAGREE = 78  # the processes of a job were not started with the same config, code or data
 SAVED_AND_STOPPED = 75  # SIGTERM: the state is saved, start the same command again
 INTERRUPTED = 130  # Ctrl-C: the state is saved as well
+TERMINATED = 143  # a second SIGTERM: gone at once, the newest save stands
 
 
 class UserError(ValueError):
@@ -85,6 +90,18 @@ def refuse(error: UserError) -> int:
     """Tell the user, on one line of stderr; returns the exit code to leave with."""
     print(f"lsdl: {' '.join(str(error).splitlines())}", file=sys.stderr)
     return error.exit_code
+
+
+def end(code: int, sentence: str = "") -> NoReturn:
+    """End this process with `code` from any of its threads, also while another hangs in C++."""
+    if sentence:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nlsdl: {sentence}\n".encode())  # a progress bar may stand in the line
+    # The one that hangs may hold stdout.
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(timeout=1)
+    os._exit(code)
 
 
 def nearest(word: str, choices) -> str:

@@ -90,6 +90,7 @@ class Experiment:
     eval_every_steps: int
     checkpoint_every_steps: int
     log_every_steps: int
+    stuck_after_s: float  # without a step; 0: never
     keep_latest: int
     keep_best: int
     tensorboard: bool
@@ -313,6 +314,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         eval_every_steps=duration_steps(config.eval, "every", **units),
         checkpoint_every_steps=duration_steps(config.checkpoint, "every", **units),
         log_every_steps=duration_steps(config.log, "every", **units),
+        stuck_after_s=config.stuck_after_s,
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,
         tensorboard=config.log.tensorboard,

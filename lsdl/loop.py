@@ -14,11 +14,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 
-from lsdl import prediction
+from lsdl import interruption, prediction, processes
 from lsdl.checkpoint import Checkpoints, load_weights, merged
 from lsdl.data.dataset import SPLITS
 from lsdl.experiment import Experiment
@@ -29,6 +30,7 @@ from lsdl.progress import Progress
 from lsdl.rundir import RunDir, write_json
 from lsdl.state import TrainState
 from lsdl.step import TEACHER, as_weights, variables_of
+from lsdl.watchdog import Watchdog
 
 
 @dataclass
@@ -55,19 +57,25 @@ def run(experiment: Experiment, folder: RunDir) -> Outcome:
 def _run(experiment: Experiment, folder: RunDir, checkpoints: Checkpoints) -> Outcome:
     started = time.perf_counter()
     writers = None
+    watch = Watchdog(experiment.stuck_after_s, processes.stuck)
+    processes.tell_step(lambda: watch.step)
     try:
         first = checkpoints.latest_step() or 0
         done = _results(folder, experiment) if first == experiment.total_steps else {}
         if same_on_all(bool(done)):
             return Outcome(first, results=done, best_step=_best_step(folder), trained=False)
-        state = _initial(experiment, checkpoints, first)
-        writers = _writers(folder, experiment, after_step=first)
-        with StopRequest() as stop:
-            outcome = _train(experiment, state, first, folder, writers, checkpoints, stop)
+        with interruption.owner() as stop, watch:
+            with watch.phase("restoring"):
+                state = _initial(experiment, checkpoints, first)
+            writers = _writers(folder, experiment, after_step=first)
+            outcome = _train(experiment, state, first, folder, writers, checkpoints, stop, watch)
+            if outcome.signal is None:
+                stop.saved()
+                # The last step has evaluated valid already, unless a run before this one took it.
+                splits = [split for split in FINAL if split != "valid" or first == outcome.step]
+                with watch.phase("evaluating"):
+                    _final(experiment, outcome.state, writers, splits, alive=watch.alive)
         if outcome.signal is None:
-            # The last step has evaluated valid already, unless a run before this one took it.
-            splits = [split for split in FINAL if split != "valid" or first == outcome.step]
-            _final(experiment, outcome.state, writers, splits)
             outcome.results = _results(folder, experiment) if is_main() else {}
             outcome.best_step = _best_step(folder)
         outcome.wall_s = time.perf_counter() - started
@@ -112,15 +120,24 @@ def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
 
 
 def evaluate(
-    experiment: Experiment, state: TrainState, split: str, *, final: bool = False
+    experiment: Experiment,
+    state: TrainState,
+    split: str,
+    *,
+    final: bool = False,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means over all of the split's examples, each counted once; and how many they were.
 
-    What the evaluators measure comes with it; some only do in the `final` evaluation.
+    What the evaluators measure comes with it; some only do in the `final` evaluation. `alive` is
+    called whenever something more is done.
     """
     loader = experiment.eval_loader(split)
     batches = loader.batches(0, loader.num_batches)
-    sums = fetched(experiment.eval_step(state, batch) for batch in batches)
+    sums = []
+    for found in fetched(experiment.eval_step(state, batch) for batch in batches):
+        sums.append(found)
+        alive()
     total = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *sums)
     weight = total.pop("weight")
     values = means(total, weight)
@@ -128,6 +145,7 @@ def evaluate(
     for evaluator in experiment.evaluators:
         if final or evaluator.every_time:
             values |= evaluator(state, experiment.eval_loader, split)
+            alive()
     return values | {experiment.task.unit: round(weight)}
 
 
@@ -139,11 +157,13 @@ def _train(
     writers: Writers,
     checkpoints: Checkpoints,
     stop: StopRequest,
+    watch: Watchdog,
 ) -> Outcome:
-    last, task = experiment.total_steps, experiment.task
+    last = experiment.total_steps
     if first >= last:
         return Outcome(first, state=state)
-    programs, ramp = _compiled(experiment, first), experiment.ramp
+    with watch.phase("compiling"):
+        programs, ramp = _compiled(experiment, first), experiment.ramp
     predicted = _predicted(experiment, programs, folder)
     batches = experiment.train_loader().batches(first, last)
     counted = dict(size=ramp.examples_before, unit="example") if len(ramp.phases) > 1 else {}
@@ -161,14 +181,9 @@ def _train(
             rate = progress.lap(number)
             batch_size = (examples_seen - ramp.examples_before(written)) / (number - written)
             written = number
-            row = values | task.derive(values)
-            row |= {"examples_seen": examples_seen, "step_time_s": rate}
-            row["examples_per_s"] = batch_size / rate
+            row = values | _pace(experiment.task, examples_seen, batch_size, rate)
+            row |= experiment.task.derive(values)
             row |= prediction.measured(predicted, row["examples_per_s"])
-            if task.unit != "examples":
-                units = task.units_per_example
-                row[f"{task.unit}_seen"] = examples_seen * units
-                row[f"{task.unit}_per_s"] = row["examples_per_s"] * units
             writers.write(number, "train", row)
             progress.show(loss=f"{values['loss']:.4f}")
             pending = None
@@ -176,26 +191,30 @@ def _train(
     for step in range(first + 1, last + 1):
         batch = next(batches)
         state, metrics = programs[ramp.phase_at(step - 1).first_step](state, batch)
+        stop.began()
+        watch.sent(step, metrics["loss"])
         flush()
         if due(step, experiment.log_every_steps):
             pending = (step, metrics)
         progress.advance()
-        stopping = stop.after(step) and step < last
         valid = None
         if due(step, experiment.eval_every_steps):
             flush()
-            with progress.pause(state):
-                valid = evaluate(experiment, state, "valid", final=step == last)
+            with progress.pause(state), watch.phase("evaluating"):
+                final = step == last
+                valid = evaluate(experiment, state, "valid", final=final, alive=watch.alive)
             writers.write(step, "valid", valid)
+        stopping = stop.after(step) and step < last
         if stopping or due(step, experiment.checkpoint_every_steps) or checkpoints.check():
             flush()
             writers.sync()
-            with progress.pause(state):
+            with progress.pause(state), watch.phase("saving"):
                 checkpoints.save(step, state, metrics=valid)
         if stopping:
             break
     jax.block_until_ready(state)
-    _committed(checkpoints, step, state)
+    with watch.phase("saving"):
+        _committed(checkpoints, step, state)
     rate = (ramp.examples_before(step) - ramp.examples_before(first)) / progress.running_s()
     progress.close()
     stopped = stop.signal if step < last else None
@@ -207,6 +226,16 @@ def _committed(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
     if checkpoints.check(wait=True):
         checkpoints.save(step, state, metrics=None)
         checkpoints.check(wait=True)
+
+
+def _pace(task: Any, examples_seen: int, batch_size: float, step_time_s: float) -> dict:
+    """How far a run is and how fast it goes, in examples and in the units of its task."""
+    rate = batch_size / step_time_s
+    row = {"examples_seen": examples_seen, "step_time_s": step_time_s, "examples_per_s": rate}
+    if task.unit != "examples":
+        row[f"{task.unit}_seen"] = examples_seen * task.units_per_example
+        row[f"{task.unit}_per_s"] = rate * task.units_per_example
+    return row
 
 
 def _compiled(experiment: Experiment, first: int) -> dict[int, Callable]:
@@ -235,11 +264,16 @@ FINAL = {"train": "train_eval", "valid": "valid", "test": "test"}
 
 
 def _final(
-    experiment: Experiment, state: TrainState, writers: Writers, splits: Sequence[str]
+    experiment: Experiment,
+    state: TrainState,
+    writers: Writers,
+    splits: Sequence[str],
+    *,
+    alive: Callable[[], None],
 ) -> None:
     """The one time that training reads the test split."""
     for split in splits:
-        values = evaluate(experiment, state, split, final=True)
+        values = evaluate(experiment, state, split, final=True, alive=alive)
         writers.write(experiment.total_steps, FINAL[split], values)
 
 

@@ -1,26 +1,41 @@
-"""Processes: how one becomes one of many, and how a laptop or a test starts several."""
+"""Processes: how one becomes one of many, and what they tell one another before they compute."""
 
-import ctypes
+import contextlib
+import faulthandler
+import itertools
+import json
+import math
 import os
-import queue
+import secrets
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from jax._src import distributed
-from jax.experimental import multihost_utils
 
-from lsdl.errors import SAVED_AND_STOPPED, UNREACHABLE, UnreachableError, UserError
-from lsdl.rendezvous import LOOPBACK, place, roll_call, split_address
+from lsdl.errors import (
+    STUCK,
+    UNREACHABLE,
+    DisagreeError,
+    UnreachableError,
+    UserError,
+    end,
+)
+from lsdl.interruption import StopRequest, current
+from lsdl.launcher import end_with_launcher
+from lsdl.peers import Peers
+from lsdl.rendezvous import TOKEN, place, split_address
+from lsdl.rollcall import Call, Hearing, joined, listening, roll_call
 
-LAUNCHER = "LSDL_LAUNCHER_PID"  # the process that started this one here, and outlives it
+SLOWEST_S = 3600  # that one process may take longer than another for the same piece of work
+
+_peers: Peers | None = None  # the others, once they have met
+_turns = itertools.count()  # of what all processes do in the same order
 
 
 def initialise(
@@ -30,6 +45,7 @@ def initialise(
     num_processes: int | None = None,
     process_id: int | None = None,
     wait_s: float = 300,
+    heartbeat_s: float = 30,
 ) -> None:
     """Join the other processes. Must come before anything else touches a device.
 
@@ -38,9 +54,13 @@ def initialise(
     arguments, all or none of them, work everywhere.
 
     Raises `UnreachableError` if the others are not there within `wait_s` seconds, under Slurm and
-    with explicit arguments: elsewhere jax waits for them, five minutes, and aborts.
+    with explicit arguments: elsewhere jax waits for them, as long, and aborts. From here on a
+    process of which nothing comes for `heartbeat_s` seconds ends all others, by `UNREACHABLE`.
     """
-    _end_with_launcher()
+    end_with_launcher(os.environ)
+    for flag, value in (("--wait", wait_s), ("--heartbeat", heartbeat_s)):
+        if not 0 < value < 2**31:
+            raise UserError(f"{flag}={value:g} must be positive, in seconds.")
     here = place(os.environ)
     explicit = (coordinator, num_processes, process_id)
     if any(value is not None for value in explicit):
@@ -59,38 +79,91 @@ def initialise(
             *(here.coordinator, here.num_processes),
             here.process_id,
         )
-    else:
-        _initialise_by_jax(mode)
-        return
-    roll_call(coordinator, num_processes, process_id, wait_s=wait_s)
-    local = split_address(coordinator)[0] in LOOPBACK
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        here.local_device_ids,
-        coordinator_bind_address=coordinator if local else None,
-    )
+    stop = current() or StopRequest()
+    sockets: dict[int, socket.socket] = {}
+    stop.farewell = lambda code: _say_farewell(sockets, code)
+    # jax's own heartbeat is slower than the lines', which tell the cause.
+    limits = {
+        "initialization_timeout": math.ceil(max(wait_s, 10)),
+        "heartbeat_timeout_seconds": math.ceil(heartbeat_s) + 15,
+        "shutdown_timeout_seconds": 30,
+    }
+    if coordinator:
+        token = os.environ.get(TOKEN) or here.token
+        told = dict(wait_s=wait_s, token="".join(token.split())[:64], sockets=sockets)
+        meeting = roll_call(coordinator, num_processes, process_id, **told)
+        _join(process_id, num_processes, stop, sockets, heartbeat_s)
+        with meeting.reserved or contextlib.nullcontext():
+            _initialise_jax(
+                stop,
+                coordinator_address=meeting.service,
+                num_processes=num_processes,
+                process_id=process_id,
+                local_device_ids=here.local_device_ids,
+                coordinator_bind_address=meeting.bind,
+                **limits,
+            )
+    elif _initialise_by_jax(mode, stop, limits):
+        _meet_by_jax(stop, sockets, wait_s=wait_s, heartbeat_s=heartbeat_s)
 
 
-def _initialise_by_jax(mode: str) -> None:
+def _initialise_jax(stop: StopRequest, **arguments: Any) -> None:
+    """By jax, which takes SIGTERM for itself and never gives it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    jax.distributed.initialize(**arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+        if stop is current():
+            stop.install()
+
+
+def _initialise_by_jax(mode: str, stop: StopRequest, limits: dict) -> bool:
+    """Whether jax has found a launcher, and the other processes."""
     try:
-        jax.distributed.initialize()
+        _initialise_jax(stop, **limits)
     except ValueError as error:  # jax found no launcher
         if mode == "on":
             raise UserError(
                 "--distributed=on finds no launcher here: give --coordinator, --num-processes "
                 "and --process-id, or leave it out."
             ) from error
+        return False
+    return True
 
 
-def _end_with_launcher() -> None:
-    """Have the kernel end this process when the launcher on this machine dies, however it dies."""
-    if parent := os.environ.get(LAUNCHER):
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):  # it is dead already
-            raise SystemExit(1)
+def _meet_by_jax(stop: StopRequest, sockets: dict, *, wait_s: float, heartbeat_s: float) -> None:
+    """The roll call of processes that jax has brought together: it says where it is."""
+    state = distributed.global_state
+    if state.num_processes == 1:
+        return
+    if state.process_id == 0:
+        host = split_address(state.coordinator_address)[0]
+        with listening(host) as server:
+            address = joined(host, server.getsockname()[1])
+            token = secrets.token_hex(16)
+            state.client.key_value_set("lsdl-roll-call", f"{address} {token}")
+            hearing = Hearing(server, host, state.num_processes, token, sockets)
+            hearing.all(wait_s)
+            hearing.answer("go 0")
+    else:
+        told = state.client.blocking_key_value_get("lsdl-roll-call", int(1000 * wait_s))
+        address, token = told.split()
+        Call(address, state.num_processes, state.process_id, token, sockets).through(wait_s)
+    _join(state.process_id, state.num_processes, stop, sockets, heartbeat_s)
+
+
+def _join(process_id: int, total: int, stop: StopRequest, sockets: dict, silence_s: float) -> None:
+    global _peers
+    if total > 1:
+        _peers = Peers(process_id, total, stop)
+        _peers.join(sockets, silence_s=silence_s)
+
+
+def _say_farewell(sockets: dict[int, socket.socket], code: int) -> None:
+    """To those that are in the roll call: this process was told to stop."""
+    for line in list(sockets.values()):
+        with contextlib.suppress(OSError):
+            line.sendall(f"leave {code}\n".encode())
 
 
 def is_main() -> bool:
@@ -111,6 +184,7 @@ def speaks(
     coordinator: str | None,
     num_processes: int | None,
     process_id: int | None,
+    **_: float,
 ) -> bool:
     """Whether this process tells the user of `error`: one of those that met it does."""
     if jax.distributed.is_initialized():
@@ -122,11 +196,45 @@ def speaks(
     return mode == "off" or not place(os.environ).process_id
 
 
+def leave(code: int) -> NoReturn:
+    """End this process with `code`; one of many does not wait for jax, which may wait for ever."""
+    if _peers:
+        _peers.leave(code)
+    sys.exit(code)
+
+
+def explain() -> int:
+    """Of an exception that no entry foresees: the code to leave with, if it is not raised again.
+
+    Where a process is lost the others' collectives fail: the lines then end this one in words.
+    """
+    if not _peers:
+        raise
+    _peers.explain()
+    traceback.print_exc()
+    return 1
+
+
+def stuck(sentence: str) -> None:
+    """End all processes: this one does not go on, as `sentence` says. All show their stacks."""
+    if _peers:
+        _peers.stuck(sentence)
+        return
+    faulthandler.dump_traceback(file=2, all_threads=True)
+    end(STUCK, sentence)
+
+
+def tell_step(step: Callable[[], int]) -> None:
+    """Where to ask for the newest step that this process has sent: the others may want to know."""
+    if _peers:
+        _peers.step = step
+
+
 def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
     """Run `work` on every process, or on process 0 alone; if it fails on one, all of them leave.
 
     The first process that failed raises what it met, and so speaks; the others exit with its code.
-    Returns what `work` returned here.
+    Returns what `work` returned here. Needs no device: nor need the processes be alike.
     """
     result, error = None, None
     if is_main() or not main_alone:
@@ -136,9 +244,11 @@ def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
             error = raised
     if jax.process_count() > 1:
         code = error.exit_code if isinstance(error, UserError) else 1 if error else 0
-        codes = multihost_utils.process_allgather(np.int32(code))
-        failed = np.flatnonzero(codes)
-        if len(failed) and failed[0] != jax.process_index():
+        key = f"lsdl-together-{next(_turns)}"
+        codes = to_main(key, str(code), wait_s=SLOWEST_S)
+        codes = json.loads(from_main(f"{key}-all", json.dumps(codes), wait_s=SLOWEST_S))
+        failed = [i for i, text in enumerate(codes) if int(text)]
+        if failed and failed[0] != jax.process_index():
             raise SystemExit(int(codes[failed[0]]))
     if error:
         raise error
@@ -147,9 +257,37 @@ def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
 
 def same_on_all(value: bool) -> bool:
     """Process 0's `value`, so that all processes take the same branch."""
+    key = f"lsdl-same-{next(_turns)}"
+    return json.loads(from_main(key, json.dumps(value), wait_s=SLOWEST_S))
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raise `DisagreeError` in process 0 unless all processes have the same `facts`, as JSON.
+
+    The others leave with its code. Comes before the first collective, which different programs
+    would hang in, or worse, complete.
+    """
     if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        return
+    key = f"lsdl-facts-{next(_turns)}"
+    texts = to_main(key, json.dumps(facts), wait_s=SLOWEST_S)
+    differences = [_difference(i, json.loads(text), facts) for i, text in enumerate(texts)]
+    sentence = from_main(f"{key}-all", " ".join(filter(None, differences))[:2000], wait_s=SLOWEST_S)
+    if sentence and is_main():
+        raise DisagreeError(sentence + " Start all processes with the same command and code.")
+    if sentence:
+        raise SystemExit(DisagreeError.exit_code)
+
+
+def _difference(process: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What a process's facts differ in from process 0's, as a sentence; "": in nothing."""
+    ours = json.loads(json.dumps(ours))
+    names = [n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n)]
+    if not names:
+        return ""
+    name, more = names[0], f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    said = [str(facts.get(name, "nothing"))[:200] for facts in (theirs, ours)]
+    return f"Process {process} has {name}={said[0]} and process 0 has {said[1]}{more}."
 
 
 # Texts by jax's coordination service, which needs no device and no collective. jax has no public
@@ -193,130 +331,3 @@ def barrier(key: str, *, wait_s: float = 60) -> None:
     """Wait until all processes have come here. A key serves once."""
     if jax.process_count() > 1:
         _service().wait_at_barrier(key, int(1000 * wait_s))
-
-
-def spawn_local(
-    command: Sequence[str],
-    *,
-    num_processes: int,
-    devices_per_process: int,
-    env: dict | None = None,
-    capture: bool = False,
-) -> list[subprocess.Popen]:
-    """Start `python -m COMMAND` as `num_processes` CPU processes of one job on this machine.
-
-    Each has `devices_per_process` virtual devices, and dies with the process that calls this.
-    Process 0 writes where that one does, of the others their stderr is to be read (`watch`);
-    `capture`: all that they write is.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | (env or {})
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices_per_process)}
-    environment[LAUNCHER] = str(os.getpid())
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    full = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", *command),
-                f"--coordinator=127.0.0.1:{port}",
-                f"--num-processes={num_processes}",
-                f"--process-id={i}",
-            ],
-            env=environment,
-            text=True,
-            errors="replace",
-            # Ctrl-C at the terminal reaches the caller alone, which passes it on: once, not twice.
-            start_new_session=True,
-            **(full if capture else quiet if i else {}),
-        )
-        for i in range(num_processes)
-    ]
-
-
-def watch(children: Sequence[subprocess.Popen], *, grace_s: float = 10) -> int:
-    """Stay with the processes of one job until all have ended; returns the job's exit code.
-
-    SIGTERM and SIGINT are passed on to all, stderr lines get their process's number. Once one has
-    failed the others have `grace_s` seconds to end by themselves, and 60 s once one has finished.
-    The code is that of the first that failed, SAVED_AND_STOPPED if all did that.
-    """
-    ended: queue.SimpleQueue = queue.SimpleQueue()
-    threads = [
-        threading.Thread(target=_echo, args=(i, child.stderr), daemon=True)
-        for i, child in enumerate(children)
-        if child.stderr
-    ]
-    for i, child in enumerate(children):
-        wait = lambda i=i, child=child: ended.put((i, child.wait()))  # noqa: E731
-        threads.append(threading.Thread(target=wait, daemon=True))
-    previous = {
-        number: signal.signal(number, lambda number, _: _signal(children, number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        for thread in threads:
-            thread.start()
-        codes, stopped = _codes(ended, children, grace_s=grace_s)
-    finally:
-        _signal(children, signal.SIGKILL)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for thread in threads:
-        thread.join(timeout=1)
-    return _verdict(codes, stopped)
-
-
-def _codes(
-    ended: queue.SimpleQueue, children: Sequence[subprocess.Popen], *, grace_s: float
-) -> tuple[dict[int, int], list[int]]:
-    """{process: how it ended}, in that order, and those that had to be stopped."""
-    codes: dict[int, int] = {}
-    stopped: list[int] = []
-    deadline = None
-    while len(codes) < len(children):
-        left = None if deadline is None else max(deadline - time.monotonic(), 0)
-        try:
-            i, code = ended.get(timeout=left)
-        except queue.Empty:
-            stopped = [i for i in range(len(children)) if i not in codes]
-            _signal(children, signal.SIGKILL)
-            deadline = None
-            continue
-        codes[i] = code
-        if not stopped:
-            limit = time.monotonic() + (60 if code in (0, SAVED_AND_STOPPED) else grace_s)
-            deadline = min(deadline or limit, limit)
-    return codes, stopped
-
-
-def _signal(children: Sequence[subprocess.Popen], number: int) -> None:
-    for child in children:
-        child.send_signal(number)  # nothing where it has ended
-
-
-def _echo(number: int, lines: Any) -> None:
-    for line in lines:
-        print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
-
-
-def _verdict(codes: dict[int, int], stopped: Sequence[int]) -> int:
-    """The job's exit code; says who failed, unless all ended alike and so have said it."""
-    total = len(codes)
-    failed = [i for i, code in codes.items() if code not in (0, SAVED_AND_STOPPED)]
-    if not failed:
-        return max(codes.values())
-    first, code = failed[0], codes[failed[0]]
-    if first in stopped:  # no other one had failed
-        others = ", ".join(map(str, stopped))
-        print(
-            f"lsdl: process {others} of {total} did not end with the others and was stopped",
-            file=sys.stderr,
-        )
-    elif len(set(codes.values())) > 1 or code < 0:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        rest = "; the others were stopped" if total > 1 else ""
-        print(f"lsdl: process {first} of {total} {how}{rest}", file=sys.stderr)
-    return 128 - code if code < 0 else code

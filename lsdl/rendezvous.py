@@ -1,21 +1,15 @@
-"""Where the processes of a job meet: each one's place in it, and a roll call before jax is asked.
+"""Each process's place in its job, as its launcher tells it by flags and environment."""
 
-Where a process is missing, jax waits and then aborts; the roll call says which.
-"""
-
-import contextlib
 import glob
 import re
-import socket
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lsdl.errors import UNREACHABLE, UnreachableError, UserError
+from lsdl.errors import UserError
 
 MODES = ("off", "on", "auto")
-LOOPBACK = ("127.0.0.1", "localhost")
+TOKEN = "LSDL_RUN_TOKEN"  # what only the processes of one job have in common
 SLURM_STEP = (
     *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"),
     "SLURM_LOCALID",
@@ -31,21 +25,32 @@ class Place:
     process_id: int | None = None
     coordinator: str | None = None  # HOST:PORT; None: jax finds it, where there is a launcher
     local_device_ids: tuple[int, ...] | None = None  # of the GPUs it sees; None: as jax does
+    token: str = ""  # what this job's processes have in common, and no other job's
 
 
-def add_flags(add: Callable) -> None:
+def add_flags(add: Callable, *, wait_s: float = 300) -> None:
     """The flags of an entry that may be one of many; `add` is a parser's `add_argument`."""
     add("--distributed", choices=MODES, default="off", help="find the other processes through the "
         "launcher; auto: only if there is one")  # fmt: skip
     add("--coordinator", metavar="HOST:PORT", help="process 0's address, without a launcher")
     add("--num-processes", type=int, metavar="N")
     add("--process-id", type=int, metavar="I")
+    add("--wait", type=float, default=wait_s, metavar="S", help="seconds that the other processes "
+        f"have to join (default: {wait_s:g})")  # fmt: skip
+    add("--heartbeat", type=float, default=30, metavar="S", help="seconds of silence after which "
+        "a process counts as lost and all end (default: 30)")  # fmt: skip
 
 
 def flags(arguments: Any) -> dict:
     """What `add_flags` made of a command line, as `processes.initialise` and `speaks` take it."""
-    names = ("coordinator", "num_processes", "process_id")
-    return {"mode": arguments.distributed} | {name: getattr(arguments, name) for name in names}
+    return {
+        "mode": arguments.distributed,
+        "coordinator": arguments.coordinator,
+        "num_processes": arguments.num_processes,
+        "process_id": arguments.process_id,
+        "wait_s": arguments.wait,
+        "heartbeat_s": arguments.heartbeat,
+    }
 
 
 def place(environ: Mapping[str, str]) -> Place:
@@ -78,6 +83,7 @@ def _slurm(environ: Mapping[str, str]) -> Place:
         int(environ["SLURM_PROCID"]),
         f"{first[1]}{first[2] or ''}:{port}",
         _share_of_gpus(environ),
+        f"slurm-{environ['SLURM_JOB_ID']}",
     )
 
 
@@ -127,120 +133,3 @@ def split_address(coordinator: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={coordinator} must be HOST:PORT, such as node001:61440.")
     return host.strip("[]"), int(port)
-
-
-def roll_call(coordinator: str, num_processes: int, process_id: int, *, wait_s: float) -> None:
-    """Return on all processes once all of them have called process 0 at `coordinator`.
-
-    Raises `UnreachableError` after `wait_s` seconds: in process 0 with the numbers of those that
-    did not call, in another that did not get through with the reason.
-    """
-    address = split_address(coordinator)
-    if num_processes == 1:
-        return
-    deadline = time.monotonic() + wait_s
-    if process_id == 0:
-        _hear_all(address, num_processes, deadline=deadline, wait_s=wait_s)
-    else:
-        _call(address, num_processes, process_id, deadline=deadline, wait_s=wait_s)
-
-
-def _hear_all(
-    address: tuple[str, int], num_processes: int, *, deadline: float, wait_s: float
-) -> None:
-    host, port = address
-    with contextlib.ExitStack() as stack:
-        try:
-            server = stack.enter_context(_server(host, port))
-        except OSError as error:
-            raise UnreachableError(
-                f"Process 0 cannot listen on port {port}: {error.strerror}; "
-                "end the job that has it, or choose another --coordinator."
-            ) from error
-        callers: dict[int, socket.socket] = {}
-        told = num_processes
-        while len(callers) < num_processes - 1 and told == num_processes:
-            server.settimeout(max(deadline - time.monotonic(), 1e-3))
-            try:
-                caller = stack.enter_context(server.accept()[0])
-            except TimeoutError:
-                break
-            number, told = _read_call(caller) or (0, num_processes)
-            if 0 < number < num_processes:
-                callers[number] = caller
-        missing = sorted(set(range(1, num_processes)) - set(callers))
-        answer = b"no\n" if missing or told != num_processes else b"go\n"
-        for caller in callers.values():
-            with contextlib.suppress(OSError):
-                caller.sendall(answer)
-    if told != num_processes:
-        raise UserError(
-            f"Process {number} was told that there are {told} processes and process 0 that there "
-            f"are {num_processes}: give all of them the same number."
-        )
-    if missing:
-        named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        raise UnreachableError(
-            f"Only {len(callers) + 1} of {num_processes} processes have met at {host}:{port} "
-            f"within {wait_s:g} s, without {named}: see that these run and can reach process 0."
-        )
-
-
-def _server(host: str, port: int) -> socket.socket:
-    """Closed to other machines where the job is on one."""
-    if host in LOOPBACK:
-        return socket.create_server(("127.0.0.1", port))
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
-
-
-def _read_call(caller: socket.socket) -> tuple[int, int] | None:
-    """(process, number of processes) that a caller gives; None if it is no process of lsdl's."""
-    caller.settimeout(5)
-    with contextlib.suppress(OSError, ValueError):
-        with caller.makefile("r", encoding="ascii") as lines:
-            name, number, told = lines.readline(100).split()
-        return (int(number), int(told)) if name == "lsdl" else None
-    return None
-
-
-def _call(
-    address: tuple[str, int],
-    num_processes: int,
-    process_id: int,
-    *,
-    deadline: float,
-    wait_s: float,
-) -> None:
-    host, port = address
-    pause, why = 0.05, "no time to try"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection(address, timeout=min(left, 5)) as line:
-                line.settimeout(left + 5)  # process 0 began to wait at another time
-                line.sendall(f"lsdl {process_id} {num_processes}\n".encode())
-                answer = line.recv(10)
-        except OSError as error:
-            answer, why = b"", (error.strerror or str(error))
-        if answer == b"no\n":
-            raise SystemExit(UNREACHABLE)  # process 0 says why
-        if answer == b"go\n":
-            return _await_service(address)
-        if answer:
-            why = "what answers there is not process 0 of this job"
-        time.sleep(min(pause, max(deadline - time.monotonic(), 0)))
-        pause = min(2 * pause, 1)
-    raise UnreachableError(
-        f"Process {process_id} of {num_processes} has not reached process 0 at {host}:{port} "
-        f"within {wait_s:g} s ({why}): see that process 0 runs there and that nothing between "
-        "them closes the port."
-    )
-
-
-def _await_service(address: tuple[str, int]) -> None:
-    """Until jax listens where the roll call was: its client waits a second after a refusal."""
-    for _ in range(200):
-        with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
-            return
-        time.sleep(0.05)

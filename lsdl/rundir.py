@@ -5,6 +5,7 @@ config.json env.json metrics.jsonl tensorboard/ checkpoints/
 
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -22,6 +23,11 @@ from lsdl.files import check_regular, read_json, write_json
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 PATIENCE_S = 0.5  # for a lock: whoever only looks at it holds it for a moment
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+SETTINGS = (
+    *("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_DEFAULT_PRNG_IMPL"),
+    *("JAX_THREEFRY_PARTITIONABLE", "JAX_NUMPY_DTYPE_PROMOTION"),
+)
 
 
 class RunDir:
@@ -269,6 +275,23 @@ class RunDir:
 def versions() -> dict[str, str]:
     """{package: version} of what the numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def code_digest() -> str:
+    """sha256 of lsdl's own sources, names and bytes, in git or outside."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".toml")):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(text)}\n".encode())
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def program() -> dict[str, str]:
+    """What else than the config makes a run's numbers: code, versions, settings, by name."""
+    told = {name: os.environ.get(name, "") for name in SETTINGS}
+    python = {"Python": platform.python_version()}
+    return {"lsdl's code": code_digest()[:16]} | python | versions() | told
 
 
 def commit() -> str | None:

@@ -60,6 +60,9 @@ def template() -> ConfigDict:
     config.log.tensorboard = True
     # of each step: "norms" of its layers; of its microbatches the gradient's "noise" and "angle"
     config.log.measure = ()
+    # Seconds without the end of a step, or 20 of the run's steps if that is longer, after which all
+    # processes show their stacks and end (71); saving, evaluating: 60 times as long. 0: never.
+    config.stuck_after_s = 60.0
     return config
 
 

@@ -2,9 +2,9 @@
 
 import argparse
 import signal
-import sys
 
-from lsdl.errors import FINISHED, INTERRUPTED, SAVED_AND_STOPPED, UserError, refuse
+from lsdl.entry import framed, leave
+from lsdl.errors import FINISHED, INTERRUPTED, SAVED_AND_STOPPED, UserError
 from lsdl.rendezvous import add_flags, flags
 
 EXAMPLES = """examples:
@@ -15,8 +15,9 @@ EXAMPLES = """examples:
 
 The same command again resumes from the newest checkpoint, on the same mesh or another one.
 Every field of the config can be set as --config.FIELD=VALUE; config.json lists them.
-exit codes: 0 complete, 2 bad input, 69 other processes out of reach, 73 workdir in use, 75 saved
-after SIGTERM, 130 after Ctrl-C"""
+exit codes: 0 complete, 2 bad input, 65 data damaged, 66 data missing, 69 a process missing or lost,
+70 not finite, 71 stuck, 73 workdir in use or not writable, 74 no space or I/O error, 75 saved after
+SIGTERM, 78 processes that differ, 130 after Ctrl-C, 143 a second SIGTERM"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,18 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments, overrides = parser().parse_known_args(argv)
-    try:
-        return train(arguments, overrides)
-    except UserError as error:
-        from lsdl.processes import speaks
-
-        if speaks(error, **flags(arguments)):
-            refuse(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the newest save.", file=sys.stderr)
-        return INTERRUPTED
+    return framed(train, parser(), argv)
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -62,9 +52,12 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     arguments.eval_only or folder.check_usable()
     from lsdl import loop, processes, remat_choice
     from lsdl.experiment import build
+    from lsdl.rundir import program
     from lsdl.source import Source
 
     processes.initialise(**flags(arguments))
+    asked = {"--workdir": str(folder.path), "--eval-only": arguments.eval_only}
+    processes.agree(configs.to_json(config) | program() | asked)
     source = Source(arguments.config, tuple(overrides))
     source = processes.together(lambda: remat_choice.resolved(source))
     config, given = source.load()
@@ -107,4 +100,4 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

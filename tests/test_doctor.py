@@ -13,7 +13,7 @@ import pytest
 from lsdl import checkup
 from lsdl.diagnosis import findings, table
 from lsdl.doctor import main
-from lsdl.processes import spawn_local
+from lsdl.launcher import spawn_local
 from lsdl.sharding import mesh as meshes
 from tests.conftest import CONFIGS, ROOT
 

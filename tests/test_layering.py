@@ -24,7 +24,7 @@ LEVELS = [
         "page",
         "rundir",
         "commits",
-        "rendezvous",
+        *("rendezvous", "rollcall", "launcher", "lines", "interruption", "peers", "watchdog"),
         "diagnosis",
         "exercise",
     ],
@@ -50,7 +50,6 @@ LEVELS = [
         *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
         *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
         *("measures", "tasks", "evaluators", "sampling", "processes", "weights"),
-        "interruption",
     ],
     ["saving", "step"],
     ["checkpoint"],
@@ -72,7 +71,7 @@ LEVELS = [
     ["checks", "components", "evaluation", "notes", "experiment", "source"],
     [
         *("remat_choice", "search", "planning"),
-        *("prediction", "loop", "checkup", "sweep"),
+        *("prediction", "loop", "checkup", "sweep", "entry"),
         *("runs", "dynamics", "foresight", "reporting", "verdict"),
     ],
     [
@@ -112,7 +111,7 @@ DOORS = {
     "ml_collections": {"schema", "config", "source", "checks", "components", "evaluation"}
     | {"notes", "experiment"},
     "matplotlib": {"plots"},
-    "argparse": set(LEVELS[-1]),
+    "argparse": {"entry", *LEVELS[-1]},
 }
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -57,6 +57,9 @@ class Stop:
     def __init__(self, step):
         self.step = step
 
+    def began(self):
+        pass
+
     def after(self, step):
         self.signal = 15 if step == self.step else None
         return step == self.step
@@ -76,7 +79,9 @@ def record(load, monkeypatch):
         monkeypatch.setattr(loop, "evaluate", lambda *_, **__: log.append("eval") or {"loss": 1.0})
         monkeypatch.setattr(loop, "_predicted", lambda *_: {})  # it looks into a real program
         state, folder = np.zeros(()), None
-        loop._train(experiment, state, 0, folder, loop.Writers([]), Checkpoints(log), Stop(stop))
+        watch = loop.Watchdog(0.0, None)
+        writers, checkpoints = loop.Writers([]), Checkpoints(log)
+        loop._train(experiment, state, 0, folder, writers, checkpoints, Stop(stop), watch)
         return log
 
     return record

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 
 from lsdl.errors import UserError
-from lsdl.processes import spawn_local
+from lsdl.launcher import spawn_local
 from lsdl.sharding.mesh import AXES, batch_shards, make_mesh, parse_dcn, parse_mesh
 from tests.conftest import ROOT
 

@@ -12,9 +12,10 @@ import pytest
 
 from lsdl import rendezvous
 from lsdl.errors import UnreachableError, UserError
+from lsdl.launcher import LAUNCHER, spawn_local, watch
 from lsdl.metrics import read_rows
-from lsdl.processes import LAUNCHER, spawn_local, watch
-from lsdl.rendezvous import Place, place, roll_call
+from lsdl.rendezvous import Place, place
+from lsdl.rollcall import roll_call
 from tests.conftest import CONFIGS, ROOT
 from tests.curves import curve
 
@@ -165,25 +166,30 @@ def test_a_process_without_the_others_leaves_with_a_sentence():
     assert [len(error.splitlines()) for error in errors] == [1, 1]
 
 
-def called(port, numbers, *, num_processes, wait_s, told=None):
+def called(port, numbers, *, num_processes, wait_s, told=None, tokens=None):
     """{process: how its roll call ended}, all of them at once."""
-    ends = {}
+    ends, meetings = {}, []
 
     def call(i):
+        number = (told or {}).get(i, num_processes)
+        token = (tokens or {}).get(i, "token")
         try:
-            roll_call(f"127.0.0.1:{port}", (told or {}).get(i, num_processes), i, wait_s=wait_s)
+            meetings.append(roll_call(f"127.0.0.1:{port}", number, i, wait_s=wait_s, token=token))
             ends[i] = None
         except (UserError, SystemExit) as error:
             ends[i] = error
+        if i == 0 and ends[0] is None:  # what jax's service is: something that listens there
+            meetings[-1].reserved.listen()
 
     threads = [threading.Thread(target=call, args=(i,)) for i in numbers]
-    # What jax's service is after the roll call: something that listens.
     for thread in threads:
         thread.start()
-    threads[numbers.index(0)].join()
-    with socket.create_server(("127.0.0.1", port)):
-        for thread in threads:
-            thread.join()
+    for thread in threads:
+        thread.join()
+    for meeting in meetings:
+        for line in (*meeting.sockets.values(), meeting.reserved):
+            if line:
+                line.close()
     return ends
 
 
@@ -254,7 +260,7 @@ def environment(tasks, local, *, visible=None, on_node=None):
         ({}, Place()),
         (
             SLURM | {"CUDA_VISIBLE_DEVICES": ""},
-            Place("slurm", 3, 1, "jwb0021:61441"),
+            Place("slurm", 3, 1, "jwb0021:61441", token="slurm-4097"),
         ),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, Place("slurm", 4)),
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d", "TPU_WORKER_ID": "2"}, Place("tpu", 4, 2)),
@@ -336,9 +342,18 @@ KILLED = "os.kill(os.getpid(), 9)"
         ([SLEEP, KILLED, SLEEP], 137, "process 1 of 3 was killed by SIGKILL; the others were"),
         ([SLEEP, "sys.exit(3)"], 3, "process 1 of 2 ended with 3; the others were stopped"),
         (
-            ["time.sleep(0.4); sys.exit(4)", "sys.exit(75)", f"time.sleep(0.2); {KILLED}"],
+            ["time.sleep(5); sys.exit(4)", "sys.exit(75)", f"time.sleep(0.2); {KILLED}"],
             137,
             "process 2 of 3 was killed by SIGKILL; the others were stopped",
+        ),
+        # 69 and 71 are another one's fault.
+        (["sys.exit(69)"] * 2, 69, ""),
+        (["sys.exit(71)", SLEEP], 71, "process 1 of 2 did not end with the others and was stopped"),
+        (["time.sleep(1); sys.exit(69)", "pass"], 69, "process 1 of 2 ended before the others"),
+        (
+            ["sys.exit(69)", "time.sleep(0.3); sys.exit(4)"],
+            4,
+            "process 1 of 2 ended with 4; the others were stopped",
         ),
     ],
 )

@@ -177,6 +177,11 @@ class Stop:
     def __exit__(self, *exc):
         pass
 
+    def began(self):
+        pass
+
+    saved = began
+
     def after(self, step):
         self.signal = 15 if step == self.at else None
         return step == self.at
@@ -187,7 +192,7 @@ def ran(experiment, folder, monkeypatch, *stops):
     folder.create()
     for at in (*stops, None):
         monkeypatch.setattr(Stop, "at", at)
-        monkeypatch.setattr(loop, "StopRequest", Stop)
+        monkeypatch.setattr(loop.interruption, "owner", Stop)
         outcome = loop.run(experiment, folder)
     checkpoints = Checkpoints(folder.checkpoints)
     state = checkpoints.restore(outcome.step, experiment.abstract_state)
