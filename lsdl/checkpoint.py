@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,27 @@ from jax.experimental import multihost_utils
 
 from lsdl import commits, processes
 from lsdl.errors import StorageError, UserError
+from lsdl.progress import tell
 from lsdl.rundir import RunDir
-from lsdl.saving import Saver, tell
+from lsdl.saving import Saver
 from lsdl.state import TrainState
 
 ARRAYS = "state"  # of a step's folder: what orbax writes
 
-# Orbax logs what it raises as well, with its traceback; a failed save is one line, of `Saver`.
+# A failed save is one line, of `Saver`. Orbax logs what it raises as well, with its traceback, and
+# tensorstore tells of each array that nobody waits for any more.
 logging.getLogger("absl").addFilter(
     lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
 )
+_hook = sys.unraisablehook
+
+
+def _told_elsewhere(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _hook(unraisable)
+
+
+sys.unraisablehook = _told_elsewhere
 
 
 class Checkpoints:
@@ -53,10 +65,10 @@ class Checkpoints:
         self._owner = owner if owner and owner.token else None
         self._run = _run_of(self.path)[0]
         self._verified: set[int] = set()
-        self._writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._writer = _writer()
         self._saver = Saver(
             self.path,
-            written=self._writer.wait_until_finished,
+            written=lambda: self._writer.wait_until_finished(),
             owner=self._owner,
             keep={"latest": keep_latest, "best": keep_best},
             verified=self._verified,
@@ -98,6 +110,10 @@ class Checkpoints:
         self.check(wait=True)  # one that failed is made good by this one
         if _decided(lambda: self._has(step)):
             return
+        if self._saver.failed:  # orbax would raise what is left of that once more
+            with contextlib.suppress(Exception):
+                self._writer.close()
+            self._writer = _writer()
         run, digest = _run_of(self.path)
         args = ocp.args.StandardSave(state)
         self._saver.begin(
@@ -151,7 +167,9 @@ class Checkpoints:
             if self._saver.failed:
                 raise self._saver.failed
         finally:
-            self._writer.close()
+            self._saver.clean()
+            with contextlib.suppress(*([Exception] if self._saver.failed else [])):
+                self._writer.close()
 
     # What process 0 does alone
 
@@ -302,6 +320,10 @@ def _shapes(tree) -> dict[str, tuple]:
         jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
         for keys, leaf in leaves
     }
+
+
+def _writer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
 
 def _run_of(path: Path) -> tuple[str | None, str | None]:

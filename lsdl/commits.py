@@ -325,10 +325,11 @@ def reject(root: Path, step: int) -> Path:
     return place
 
 
-def purge(root: Path) -> None:
-    """Delete what an owner who was killed left behind. For the owner alone."""
+def purge(root: Path, *, owner: str = "") -> None:
+    """Delete what an owner who was killed left behind, or `owner` alone. For the owner alone."""
     for name in litter(root):
-        shutil.rmtree(root / name, ignore_errors=True)
+        if not owner or f"-{owner}-" in name:
+            shutil.rmtree(root / name, ignore_errors=True)
 
 
 def litter(root: Path) -> list[str]:

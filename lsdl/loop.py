@@ -26,7 +26,7 @@ from lsdl.experiment import Experiment
 from lsdl.interruption import StopRequest
 from lsdl.metrics import JsonLines, TensorBoard, Writers, fetched, means, read_rows
 from lsdl.processes import is_main, same_on_all
-from lsdl.progress import Progress
+from lsdl.progress import Progress, end_bars
 from lsdl.rundir import RunDir, write_json
 from lsdl.state import TrainState
 from lsdl.step import TEACHER, as_weights, variables_of
@@ -81,6 +81,7 @@ def _run(experiment: Experiment, folder: RunDir, checkpoints: Checkpoints) -> Ou
         outcome.wall_s = time.perf_counter() - started
         return outcome
     finally:
+        end_bars()
         if writers:
             writers.close()
 

@@ -10,6 +10,21 @@ import jax
 from tqdm import tqdm
 
 
+def tell(sentence: str) -> None:
+    """A line of its own on stderr, whatever bar is there, in the form of what a run ends with."""
+    tqdm.write(f"lsdl: {sentence}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def end_bars() -> None:
+    """Close the bars that an error left open, so that what is told of it begins a line."""
+    while _shown:
+        _shown.pop().close()
+
+
+_shown: list[tqdm] = []
+
+
 class Progress:
     """Steps `first` to `last` of the job `name`, shown on stderr unless `silent`.
 
@@ -39,6 +54,7 @@ class Progress:
             mininterval=0.2 if sys.stderr.isatty() else 5.0,
             dynamic_ncols=True,
         )
+        _shown.append(self._bar)
         self._first = self._lap_step = first
         self._start = self._lap_start = time.perf_counter()
 

@@ -4,7 +4,6 @@ import errno
 import os
 import secrets
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from lsdl import commits, processes
 from lsdl.errors import LOCKED, STORAGE, LockedError, StorageError
+from lsdl.progress import tell
 from lsdl.rundir import RunDir, named
 
 SPARE = 1.1  # of a state's bytes have to be free before it is saved
@@ -100,10 +100,16 @@ class Saver:
         if self._thread:
             self._thread.join()
 
+    def clean(self) -> None:
+        """Delete what this process began and did not commit: threads of it may still write."""
+        if self._token and not self._thread and processes.is_main():
+            commits.purge(self._root, owner=self._token)
+
     def _prepare(self) -> None:
         """Make the staging folder, if there is room for what goes into it."""
         self._check_owned()
         try:
+            self.clean()
             self._root.mkdir(parents=True, exist_ok=True)
             if _free_bytes(self._root) < self._save.needed_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -148,7 +154,7 @@ class Saver:
             raise error
         if processes.is_main():
             self._check_owned()  # if it is another's, that is the reason
-            shutil.rmtree(self._save.folder, ignore_errors=True)
+            self.clean()
         failure = error if isinstance(error, StorageError) else StorageError(self._sentence(error))
         if self.failed or last or jax.process_count() > 1:
             raise failure
@@ -176,11 +182,6 @@ class Saver:
                 raw = multihost_utils.broadcast_one_to_all(raw)
             self._token = np.asarray(raw, np.uint8).tobytes().hex()
         return self._token
-
-
-def tell(sentence: str) -> None:
-    """On one line of stderr, as what a run ends with is."""
-    print(f"lsdl: {sentence}", file=sys.stderr, flush=True)
 
 
 def _loss(folder: Path) -> float | None:
