@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from lsdl.errors import UserError, nearest
 from lsdl.files import check_name
 from lsdl.schema import DURATIONS, OPTIONAL_DURATIONS, UNITS, template
+from lsdl.secrecy import holds_secret
 
 NOT_NEGATIVE = (
     *("loss.mixup", "loss.distill_temperature", "loss.z_loss", "loss.balance"),
@@ -183,6 +184,12 @@ def validate(config: ConfigDict) -> None:
     for field in sorted(fields.keys() - actual.keys()):
         raise UserError(f"The config lacks the field {field!r}: start from lsdl.config.template().")
     _check_types(schema, actual)
+    for field, value in actual.items():
+        if isinstance(value, str | tuple) and holds_secret(str(value)):
+            raise UserError(
+                f"{field} holds what looks like a password or a key, and a run records all fields: "
+                "put it into a file or an environment variable of whatever asks for it."
+            )
     for field, value in actual.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{field}={value} must be a finite number.")

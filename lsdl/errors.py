@@ -6,6 +6,8 @@ import sys
 import threading
 from typing import NoReturn
 
+from lsdl.secrecy import hidden
+
 FINISHED = 0
 DOES_NOT_FIT = 1  # the plan is not for the target it was made for
 BAD_INPUT = 2
@@ -87,8 +89,8 @@ class DisagreeError(UserError):
 
 
 def refuse(error: UserError) -> int:
-    """Tell the user, on one line of stderr; returns the exit code to leave with."""
-    print(f"lsdl: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    """Tell the user, on one line of stderr, no secrets; returns the exit code to leave with."""
+    print(f"lsdl: {hidden(' '.join(str(error).splitlines()))}", file=sys.stderr)
     return error.exit_code
 
 

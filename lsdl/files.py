@@ -124,11 +124,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Likewise of any text. Safe on the disk when this returns."""
+    """Likewise of any text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Likewise of anything. Safe on the disk when this returns; a link is replaced, not followed.
+
+    Raises `UserError` where a folder, a pipe or a device is in its place.
+    """
+    if not path.is_symlink():
+        check_regular(path)
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # of a crash; a link of somebody's is not followed
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w") as file:
-        file.write(text)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

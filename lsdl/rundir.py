@@ -18,7 +18,8 @@ from typing import IO
 
 from lsdl.config import compare
 from lsdl.errors import LockedError, UserError
-from lsdl.files import check_regular, read_json, write_json
+from lsdl.files import check_regular, read_json, write_bytes, write_json
+from lsdl.secrecy import hidden, hidden_command
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 PATIENCE_S = 0.5  # for a lock: whoever only looks at it holds it for a moment
@@ -41,14 +42,23 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
         self.token: str | None = None  # of the owner that this process is; None: it is not
         self._lock = None
 
     def claim(
-        self, *, source: str, overrides: dict, fields: dict, devices: dict, total_steps: int
+        self,
+        *,
+        source: str,
+        overrides: dict,
+        fields: dict,
+        devices: dict,
+        total_steps: int,
+        data: str = "",
     ) -> dict:
         """Make the folder this run's: create, lock, compare with what it holds, record.
 
+        `data`: the fingerprint of the run's data; "" if it is not known.
         Returns {field: (stored, current)} of what a resume changes. Raises `UserError` rather
         than mix two experiments in one folder.
         """
@@ -56,13 +66,15 @@ class RunDir:
         self._take()
         try:
             changes = self.check(fields=fields, total_steps=total_steps)
+            self._check_data(data)
         except UserError:
             self.release()
             raise
         self._sign()
         self.write_config(source=source, overrides=overrides, fields=fields, changes=changes)
         if self.newest_step() < total_steps:  # a complete run leaves the record as it is
-            self.write_env(devices=devices)
+            self.write_env(devices=devices, data=data)
+            self.keep_tokenizer(fields.get("data.tokenizer", ""))
         return changes
 
     def check(self, *, fields: dict, total_steps: int | None = None) -> dict:
@@ -85,6 +97,15 @@ class RunDir:
                 "asked for: raise total_*, or choose another --workdir."
             )
         return changes
+
+    def _check_data(self, data: str) -> None:
+        stored = self.read_env().get("data")
+        if stored and data and stored != data:
+            raise UserError(
+                f"The workdir holds a run on other data (fingerprint {stored}, now {data}): other "
+                "files, counts or a tokenizer of other content. Bring them back, or choose another "
+                "--workdir."
+            )
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint, 0 if there is none."""
@@ -222,8 +243,35 @@ class RunDir:
         """Raise `UserError` if a part of the folder is a link, a pipe or a device."""
         for file in (self.config, self.env, self.plan, self.metrics, self.path / ".lock"):
             check_regular(file)
-        for folder in (self.tensorboard, self.checkpoints):
+        for folder in (self.tensorboard, self.checkpoints, self.tokenizer):
             check_regular(folder, folder=True)
+
+    def keep_tokenizer(self, name: str) -> None:
+        """Have a copy of the tokenizer file `name` (`bytes` and "" are none) beside the run.
+
+        Whoever opens the run needs no other file, and reads none that its config names.
+        """
+        if name in ("", "bytes"):
+            return
+        self.tokenizer.mkdir(exist_ok=True)
+        write_bytes(self.tokenizer / Path(name).name, Path(name).expanduser().read_bytes())
+
+    def own_tokenizer(self, name: str) -> str:
+        """What `data.tokenizer=name` of this run's config is to be read from: `bytes`, or the copy.
+
+        Raises `UserError` if there is no copy.
+        """
+        if name in ("", "bytes"):
+            return name
+        copy = self.tokenizer / Path(name).name
+        self.refuse_links()
+        check_regular(copy)
+        if not copy.is_file():
+            raise UserError(
+                f"{self.path} has no copy of its tokenizer {Path(name).name!r}: put the file "
+                f"there, as {copy}."
+            )
+        return str(copy)
 
     def write_config(self, *, source: str, overrides: dict, fields: dict, changes: dict) -> None:
         """Store the resolved config; a resume that changes fields appends to its history."""
@@ -238,7 +286,7 @@ class RunDir:
             self.config,
             {
                 "id": stored["id"],
-                "source": source,
+                "source": hidden(source),
                 "overrides": overrides,
                 "config": fields,
                 "history": stored["history"],
@@ -254,16 +302,17 @@ class RunDir:
             raise UserError(f"{self.env} is not what lsdl writes: move it away.")
         return found
 
-    def write_env(self, *, devices: dict) -> None:
-        """Record the versions, machine, devices and commit; a resume's go below `resumed`."""
+    def write_env(self, *, devices: dict, data: str = "") -> None:
+        """Record versions, machine, devices, data and commit; a resume's go below `resumed`."""
         env = {
             "time": now(),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": hidden_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "python": platform.python_version(),
             "versions": versions(),
             "platform": platform.platform(),
             "cpu_count": os.cpu_count(),
             "devices": devices,
+            "data": data,
             "commit": commit(),
         }
         if self.env.exists():

@@ -50,7 +50,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = configs.load(arguments.config, overrides)
     folder = RunDir(arguments.workdir or f"runs/{config.name}")
     arguments.eval_only or folder.check_usable()
-    from lsdl import loop, processes, remat_choice
+    from lsdl import capacity, loop, processes, remat_choice
     from lsdl.experiment import build
     from lsdl.rundir import program
     from lsdl.source import Source
@@ -63,6 +63,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config, given = source.load()
     experiment = processes.together(lambda: build(config))
     processes.together(experiment.check_data)
+    processes.agree({"data": experiment.data_fingerprint})
     say = print if processes.is_main() else lambda *_: None
     if arguments.eval_only:
         folder.check(fields=configs.to_json(config))
@@ -71,12 +72,14 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise UserError(f"{folder.path} holds no checkpoint to evaluate: train first.")
         say(loop.table(outcome, experiment))
         return FINISHED
+    processes.together(lambda: capacity.check(experiment))
     changes = processes.together(
         lambda: folder.claim(
             source=arguments.config,
             overrides=given,
             fields=configs.to_json(config),
             devices=processes.devices(),
+            data=experiment.data_fingerprint,
             total_steps=experiment.total_steps,
         ),
         main_alone=True,

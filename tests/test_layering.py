@@ -12,6 +12,7 @@ PACKAGE = ROOT / "lsdl"
 # Level by level; inside a package a file imports only files listed before it.
 LEVELS = [
     [
+        "secrecy",
         "errors",
         "files",
         "schema",
@@ -71,7 +72,7 @@ LEVELS = [
     ["checks", "components", "evaluation", "notes", "experiment", "source"],
     [
         *("remat_choice", "search", "planning"),
-        *("prediction", "loop", "checkup", "sweep", "entry"),
+        *("capacity", "prediction", "loop", "checkup", "sweep", "entry"),
         *("runs", "dynamics", "foresight", "reporting", "verdict"),
     ],
     [

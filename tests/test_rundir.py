@@ -72,6 +72,7 @@ def test_folder_that_cannot_be_is_one_sentence(tmp_path, name, why):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.threat(9)
 def test_folder_that_is_not_writable_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # root may write all
     with pytest.raises(UserError, match="not writable"):
@@ -90,6 +91,7 @@ def test_json_is_written_whole_and_alone(tmp_path):
         assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.threat(42)
 @pytest.mark.parametrize("fails", ["json.dumps", "os.fsync", "os.replace"])
 def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fails):
     path = tmp_path / "x.json"
@@ -119,6 +121,7 @@ def test_value_that_is_not_json_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"old": 1}
 
 
+@pytest.mark.threat(4, 42)
 def test_content_is_on_disk_before_it_has_the_name(tmp_path, monkeypatch):
     order = []
     for name in ("fsync", "replace"):
@@ -171,6 +174,7 @@ def folder(tmp_path):
     folder.release()
 
 
+@pytest.mark.threat(10)
 def test_second_trainer_is_told_who_holds_the_folder(folder):
     with holder(folder.path) as other:
         with pytest.raises(LockedError) as error:
@@ -182,6 +186,7 @@ def test_second_trainer_is_told_who_holds_the_folder(folder):
         assert error.value.exit_code == LOCKED == 73
 
 
+@pytest.mark.threat(10)
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_lock_dies_with_its_holder(folder, end):
     with holder(folder.path) as other:
@@ -366,6 +371,7 @@ def test_claim_that_is_refused_holds_no_lock(folder):
     other.release()
 
 
+@pytest.mark.threat(10)
 def test_claim_of_a_folder_in_use_changes_nothing(folder):
     claim(folder, seed=1, mesh="data=8")
     before = recorded(folder)
@@ -390,6 +396,7 @@ def test_env_says_what_made_the_run(folder, monkeypatch):
         "platform",
         "cpu_count",
         "devices",
+        "data",
         "commit",
         "resumed",
     }
@@ -444,6 +451,7 @@ def test_no_commit_without_the_git_program(repository, monkeypatch, tmp_path):
     assert rundir.commit() is None
 
 
+@pytest.mark.threat(16)
 def test_a_resume_adds_its_environment_and_keeps_the_first(folder):
     claim(folder, seed=1)
     first = json.loads(folder.env.read_text())
@@ -461,3 +469,20 @@ def test_a_complete_run_leaves_its_environment_alone(folder):
     (folder.checkpoints / "9").mkdir(parents=True)
     claim(folder, seed=1)
     assert folder.env.read_bytes() == before
+
+
+@pytest.mark.threat(14)
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    def claim(data):
+        folder = RunDir(tmp_path / "run")
+        facts = dict(source="x.py", overrides={}, fields={"seed": 0}, devices={}, total_steps=3)
+        try:
+            return folder.claim(**facts, data=data)
+        finally:
+            folder.release()
+
+    claim("a")
+    assert claim("a") == {}
+    with pytest.raises(UserError, match=r"on other data \(fingerprint a, now b\)"):
+        claim("b")
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["data"] == "a"

@@ -1,7 +1,9 @@
 """The devices that are there, as a target: what a run's predictions are made for."""
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,3 +57,16 @@ def memory_bytes() -> int | None:
     """What a program may use of one device; None where the device does not tell (CPUs)."""
     stats = jax.local_devices()[0].memory_stats() or {}  # other processes' are out of reach
     return stats.get("bytes_limit")
+
+
+def capacity_bytes() -> int:
+    """The same, and of a CPU's virtual devices each one's part of the machine's memory."""
+    return memory_bytes() or host_bytes() // jax.local_device_count()
+
+
+def host_bytes() -> int:
+    """What this machine, or the container on it, has of memory."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    word = limit.read_text().strip() if limit.exists() else "max"
+    return machine if word == "max" else min(machine, int(word))
