@@ -69,7 +69,10 @@ def convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stored = folder.read_config()
         if stored is None or not folder.checkpoints.is_dir():
             raise UserError(f"--run={run} is no run folder with config.json and checkpoints.")
-        experiment = reopen(stored["config"])
+        fields = stored["config"]
+        if fields.get("data.tokenizer") != "bytes":
+            fields = fields | {"data.tokenizer": ""}  # weights need none, and the file may be gone
+        experiment = reopen(fields)
         module, abstract = _model(experiment)
         settings = tables.fields(module, abstract)
         tensors = tables.to_hf(stored_weights(experiment, folder.checkpoints), module)

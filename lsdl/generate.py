@@ -66,10 +66,11 @@ def generate(arguments: argparse.Namespace) -> int:
         raise UserError(f"{folder.path} is of task={config.task}: only language models generate.")
     if config.data.seq_len < 1:
         raise UserError(f"{folder.path} learned from {config.data.source}, which is no text.")
-    experiment = reopen(stored["config"])
+    name = folder.own_tokenizer(config.data.tokenizer)
+    experiment = reopen(stored["config"] | {"data.tokenizer": name})
     variables = stored_weights(experiment, folder.checkpoints)
 
-    tokenizer = text.tokenizer(config.data.tokenizer)
+    tokenizer = text.tokenizer(name)
     prompt = [tokenizer.separator, *tokenizer.encode(arguments.prompt)]
     drawn = sample(
         experiment.module.apply,

@@ -45,6 +45,7 @@ def report(arguments: argparse.Namespace) -> int:
     """Write the page that the command line asks for; returns the exit code."""
     # After the parser, so that --help and a mistyped flag cost no second.
     from lsdl import reporting, verdict
+    from lsdl.files import write_text
 
     folders, out = arguments.folders, arguments.out
     if out is None and len(folders) > 1:
@@ -56,7 +57,7 @@ def report(arguments: argparse.Namespace) -> int:
     text = verdict.study_page(folders[0]) if studies else reporting.runs_page(folders)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out={out} cannot be written: name a file in a folder there is.")
-    out.write_text(text)
+    write_text(out, text)
     print(f"written: {out}")
     return FINISHED
 
