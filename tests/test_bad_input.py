@@ -297,6 +297,7 @@ TASK_CASES = {
 }
 
 
+@pytest.mark.threat(25, 26)
 @pytest.mark.parametrize("case", TASK_CASES)
 def test_refusal_of_a_task_is_one_sentence(refused, case):
     config, overrides, words = TASK_CASES[case]
@@ -305,6 +306,7 @@ def test_refusal_of_a_task_is_one_sentence(refused, case):
         assert word in sentence
 
 
+@pytest.mark.threat(22)
 def test_data_that_are_not_there_are_refused_with_their_own_code(refused):
     source = ["--config.data.source=tfds:cifar10", "--config.data.valid_split=test"]
     sentence = refused(*source, code=NO_DATA)
@@ -312,6 +314,7 @@ def test_data_that_are_not_there_are_refused_with_their_own_code(refused):
     assert "download_and_prepare" in sentence
 
 
+@pytest.mark.threat(25, 26)
 @pytest.mark.parametrize("case", CASES)
 def test_refusal_is_one_sentence(refused, case):
     arguments, words = CASES[case]
@@ -433,6 +436,7 @@ def test_another_config_cannot_be_evaluated(refused, finished, override):
     assert override.partition("=")[0] in sentence
 
 
+@pytest.mark.threat(10)
 def test_workdir_in_use_is_refused_with_a_code_of_its_own(refused, finished):
     owner = RunDir(finished)
     owner.acquire()

@@ -185,6 +185,7 @@ def test_override_sets_its_field_alone(write, override, value):
     assert given == {field: value}
 
 
+@pytest.mark.threat(25)
 @pytest.mark.parametrize(
     ("override", "kind"),
     [
@@ -258,6 +259,7 @@ def typos(word: str) -> set[str]:
     return found - {word}
 
 
+@pytest.mark.threat(25)
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_typo_is_refused_and_most_are_understood(field):
     hits = []

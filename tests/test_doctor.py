@@ -113,6 +113,7 @@ def test_every_process_has_a_line_until_there_are_too_many():
     assert "processes: 500, devices: 500" in lines
 
 
+@pytest.mark.threat(19)
 @pytest.mark.parametrize("axis", ["data", "tensor"])
 def test_a_collective_is_checked_to_the_bit(axis, monkeypatch):
     mesh = meshes.make_mesh(meshes.parse_mesh("data=2,fsdp=2,tensor=2", 8))

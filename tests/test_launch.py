@@ -102,6 +102,7 @@ def long_run(tmp_path):
         launcher.stderr.close()
 
 
+@pytest.mark.threat(28)
 def test_a_killed_process_ends_the_others_and_is_named(long_run):
     launcher, pids = long_run
     began = time.monotonic()
@@ -126,6 +127,7 @@ def test_sigterm_to_the_launcher_saves_and_stops_all(long_run, tmp_path):
     assert all(map(gone, pids.values()))
 
 
+@pytest.mark.threat(24)
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_no_orphan(long_run):
     launcher, pids = long_run

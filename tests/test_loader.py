@@ -107,6 +107,7 @@ def test_permuted_looks_random():
     assert (np.diff(order) == 1).mean() < 0.01
 
 
+@pytest.mark.threat(14)
 @pytest.mark.parametrize(
     ("examples", "seed", "epoch", "order"),
     [
@@ -128,6 +129,7 @@ def test_permuted_never_changes_for_the_digits(seed, epoch, checksum):
     assert zlib.crc32(found.astype("<i8").tobytes()) == checksum
 
 
+@pytest.mark.threat(23)
 @pytest.mark.parametrize("examples", [16, 31, 32, 50, 100])
 def test_an_epoch_repeats_no_example(examples):
     training = loader(Reader(examples), seed=1)
@@ -191,6 +193,7 @@ def test_replace_never_changes():
 SUBSETS = [[0], [15], [3, 4, 5], [15, 0, 7], list(range(8)), list(range(1, BATCH, 2))]
 
 
+@pytest.mark.threat(14)
 @kinds
 @pytest.mark.parametrize("rows", SUBSETS, ids=str)
 def test_any_rows_are_those_of_the_whole_batch(kind, rows):
@@ -233,6 +236,7 @@ def test_a_wrong_shape_is_an_error():
 # --- global arrays --------------------------------------------------------------------------------
 
 
+@pytest.mark.threat(14)
 @kinds
 def test_a_batch_is_a_function_of_the_step(kind):
     """The same twice, in any order, from another loader, and through `batches`."""
@@ -248,6 +252,7 @@ def test_a_batch_is_a_function_of_the_step(kind):
     same(forward[2], late[0])
 
 
+@pytest.mark.threat(14)
 @pytest.mark.parametrize(
     ("axes", "shards"),
     [((("data", "fsdp"),), 8), (("data",), 4), (("fsdp",), 2), ((("fsdp", "data"),), 8), ((), 1)],
@@ -273,6 +278,7 @@ def test_a_row_is_read_once_however_many_devices_hold_it():
     assert len(reader.read) == BATCH
 
 
+@pytest.mark.threat(14)
 def test_prefetched_batches_keep_their_order():
     """Even where an earlier batch takes longer than a later one."""
     reader = Reader(96, delay=lambda i: 0.01 if i < 32 else 0.0)
@@ -296,6 +302,7 @@ def test_batches_may_be_empty():
     assert list(loader(Reader(32)).batches(3, 3)) == []
 
 
+@pytest.mark.threat(24)
 def test_an_error_of_the_reader_reaches_the_caller():
     reader = Reader(64)
     reader.delay = lambda i: 0 / (40 - i)
@@ -306,6 +313,7 @@ def test_an_error_of_the_reader_reaches_the_caller():
 # --- evaluation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.threat(23)
 @pytest.mark.parametrize("limit", [None, 5, 16, 1000])
 @pytest.mark.parametrize("examples", [1, 15, 16, 17, 48, 50])
 def test_evaluation_counts_every_example_once_in_order(examples, limit):

@@ -123,6 +123,7 @@ def test_eval_only_repeats_the_final_table_and_writes_nothing(train, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
 
 
+@pytest.mark.threat(42)
 def test_every_row_of_a_run_is_there_once(train, tmp_path):
     assert train("digits_mlp:smoke", f"--workdir={tmp_path / 'run'}")[0] == 0
     rows = [(r["split"], r["step"]) for r in read_rows(tmp_path / "run" / "metrics.jsonl")]

@@ -60,6 +60,7 @@ def test_axes_left_out_have_size_one_and_come_last(words, expected):
     assert text(parse_mesh(words, 8)) == f"{expected},sequence=1,expert=1,stage=1"
 
 
+@pytest.mark.threat(26)
 @pytest.mark.parametrize("devices", [1, 2, 8, 12])
 def test_a_product_other_than_the_devices_is_refused(devices):
     for layout in LAYOUTS:
@@ -179,6 +180,7 @@ def meshes(draw):
     return {axis: draw(st.integers(1, 9)) for axis in axes}
 
 
+@pytest.mark.threat(26)
 @LAW
 @given(meshes(), st.data())
 def test_every_valid_string_round_trips(sizes, data):
@@ -199,6 +201,7 @@ WORDS = (*AXES, "=", ",", "-1", "-", "0", "1", "2", "08", " ", "\n", "dat", "x",
 ALMOST = st.lists(st.sampled_from(WORDS), max_size=16).map("".join)
 
 
+@pytest.mark.threat(26)
 @LAW
 @given(st.text(max_size=200) | ALMOST, st.integers(1, 64))
 def test_any_other_string_is_one_sentence(words, number):

@@ -86,6 +86,7 @@ def test_rows_can_be_read_while_they_are_written(path):
     lines.close()
 
 
+@pytest.mark.threat(42)
 @pytest.mark.parametrize("after_step", range(7))
 def test_resume_drops_the_rows_behind_its_step(path, after_step):
     rows = [row(step, split) for step in range(1, 6) for split in ("train", "valid")]
@@ -104,12 +105,14 @@ def test_dropped_rows_are_written_again_and_kept_ones_are_not(path):
     ]
 
 
+@pytest.mark.threat(42)
 def test_first_row_of_a_step_and_split_stays(path):
     first = [row(1, x=1), row(1, "valid", x=2), row(2, x=3)]
     write(path, [*first, row(1, x=4), row(1, "valid", x=5), row(2, x=6)])
     assert read_rows(path) == first
 
 
+@pytest.mark.threat(42)
 @pytest.mark.parametrize("cut", range(1, 16))
 def test_torn_last_line_is_skipped_and_then_gone(path, cut):
     write(path, [row(1), row(2), row(3)])

@@ -83,6 +83,7 @@ def assert_curve_of_one(load, workdir):
         assert norm == pytest.approx(one_norm, rel=1e-5)
 
 
+@pytest.mark.threat(43)
 def test_only_process_0_prints(two):
     outputs = two[1]
     assert "lowest valid loss" in outputs[0][0]
@@ -92,6 +93,7 @@ def test_only_process_0_prints(two):
     assert "step" not in outputs[1][1]
 
 
+@pytest.mark.threat(14)
 @pytest.mark.slow
 def test_four_processes_give_the_bits_of_two(two, tmp_path):
     codes, outputs = run(tmp_path / "four", 4)
@@ -99,6 +101,7 @@ def test_four_processes_give_the_bits_of_two(two, tmp_path):
     assert losses(tmp_path / "four") == losses(two[0])
 
 
+@pytest.mark.threat(1)
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_stops_all(tmp_path):
     def terminate(processes):
@@ -197,6 +200,7 @@ def test_a_roll_call_ends_when_all_have_called():
     assert called(free_port(), [2, 1, 0], num_processes=3, wait_s=20) == dict.fromkeys([0, 1, 2])
 
 
+@pytest.mark.threat(30)
 def test_a_roll_call_names_who_is_missing():
     ends = called(free_port(), [2, 0], num_processes=5, wait_s=1.5)
     assert isinstance(ends[0], UnreachableError)
@@ -225,6 +229,7 @@ def test_a_roll_call_hears_no_stranger():
     assert "without 1" in str(ends[0])
 
 
+@pytest.mark.threat(31)
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -398,6 +403,7 @@ time.sleep(60)"""
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.threat(24)
 def test_a_process_ends_with_the_launcher_that_is_killed():
     program = f"""import os, subprocess, sys, time
 child = "from lsdl.processes import initialise; initialise(); print(1, flush=True)"

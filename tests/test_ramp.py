@@ -92,6 +92,7 @@ def test_parts_out_of_order_are_an_error(rule):
 # --- the order of examples ------------------------------------------------------------------------
 
 
+@pytest.mark.threat(14, 23)
 @given(rules, st.integers(20, 90), st.integers(0, 3))
 @settings(max_examples=8, deadline=None)
 def test_the_run_is_one_permutation_after_another(rule, examples, seed):
@@ -108,6 +109,7 @@ def test_the_run_is_one_permutation_after_another(rule, examples, seed):
     )
 
 
+@pytest.mark.threat(14)
 def test_the_order_does_not_depend_on_the_ramp():
     one, other = (training(50, ramp=ramp(rule)) for rule in (RAMP, ((70.0, 3),)))
     orders = [
@@ -200,6 +202,7 @@ def ran(experiment, folder, monkeypatch, *stops):
     return state, [row for row in read_rows(folder.metrics) if row["split"] == "train"]
 
 
+@pytest.mark.threat(12)
 def test_a_ramp_stopped_in_its_middle_goes_on_to_the_same_bits(experiment, tmp_path, monkeypatch):
     """Within the second phase, at its end, and within the third."""
     whole, rows = ran(experiment, tmp_path / "whole", monkeypatch)

@@ -278,6 +278,7 @@ def test_noise_that_is_not_measured_is_told_so(tmp_path, steps, fields, told):
     assert not any("Noise" in figure.title for figure in dynamics.noise_figures(groups))
 
 
+@pytest.mark.threat(35)
 def test_all_text_is_escaped(tmp_path):
     run = made(tmp_path / "a", name=EVIL, **{"model.name": EVIL})
     other = made(tmp_path / "b", name=EVIL, **{"model.name": "x"})

@@ -71,6 +71,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.threat(13)
 @pytest.mark.parametrize(("model", "saved"), PAIRS)
 def test_every_layout_restores_the_bits_of_any_other(load, built, tmp_path, model, saved):
     experiment = built(load, model, saved)
@@ -95,6 +96,7 @@ GPT = (
 )
 
 
+@pytest.mark.threat(13)
 @pytest.mark.parametrize(
     "journey",
     [

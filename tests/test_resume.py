@@ -93,6 +93,7 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.threat(1, 12)
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGINT, 130)],
@@ -111,6 +112,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(load, tmp_path, uninterrupted, n
     assert rows_of(tmp_path / "run") == rows_of(uninterrupted)
 
 
+@pytest.mark.threat(13)
 def test_a_run_moves_to_another_mesh(load, tmp_path, uninterrupted):
     process = start(tmp_path / "run", "--config.mesh=fsdp=8")
     wait_for_step(process, tmp_path / "run", 12)
@@ -148,6 +150,7 @@ def test_a_longer_run_goes_on_from_the_shorter_one(load, tmp_path, train):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.threat(12)
 def test_a_shorter_run_than_the_stored_one_is_refused(tmp_path, train):
     workdir = f"--workdir={tmp_path / 'run'}"
     assert train("digits_mlp:smoke", "--config.total_steps=4", workdir)[0] == 0

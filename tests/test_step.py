@@ -102,6 +102,7 @@ def test_the_compiled_step_takes_an_eighth_of_the_state_under_fsdp(load):
     assert own == pytest.approx(total / 8, rel=0.02)
 
 
+@pytest.mark.threat(15)
 def test_parameters_start_bitwise_equal_on_every_mesh(load):
     def parameters(mesh):
         return jax.device_get(build(load(VIT, f"mesh={mesh}")).init().params)
@@ -111,6 +112,7 @@ def test_parameters_start_bitwise_equal_on_every_mesh(load):
         jax.tree.map(np.testing.assert_array_equal, parameters(mesh), one)
 
 
+@pytest.mark.threat(15)
 def test_the_seed_decides_the_parameters(load):
     def kernel(seed):
         params = build(load("digits_mlp:smoke", f"seed={seed}")).init().params

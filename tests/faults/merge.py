@@ -83,9 +83,14 @@ def document(parts: dict[str, dict]) -> str:
     return between(text, "results", results_table(parts))
 
 
+def stored() -> dict[str, dict]:
+    """The parts that were run, by name."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def main() -> int:
     """Take in what lies in .cache/faults, and write the document."""
-    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    parts = stored()
     for file in sorted(PARTS.glob(f"*-of-{NUMBER}.json")):
         part = json.loads(file.read_text())
         if part["date"] >= parts.get(part["part"], {"date": ""})["date"]:
