@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,8 @@ class Checkpoints:
         processes.together(lambda: self._require(step), main_alone=True)
         _check_same(self.path / str(step))
         args = ocp.args.StandardRestore(abstract)
-        return self._writer.restore(self.path / str(step) / ARRAYS, args=args)
+        with _reading(self.path / str(step)) as arrays:
+            return self._writer.restore(arrays, args=args)
 
     def notes(self, step: int) -> dict:
         """What `save` was given with `step`."""
@@ -231,8 +232,9 @@ def load_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> 
     _check_fit(folder, step, abstract)
     args = ocp.checkpoint_utils.construct_restore_args(abstract)
     restore = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(Path(folder).absolute() / str(step) / ARRAYS, args=restore)
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with reader, _reading(Path(folder).absolute() / str(step)) as arrays:
+        return reader.restore(arrays, args=restore)
 
 
 def check_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> None:
@@ -294,8 +296,29 @@ def _none_verifies(folder: Path, rejected: dict[int, str]) -> StorageError:
 
 def _tree(folder: Path, step: int) -> dict[str, Any]:
     """The shapes of what is stored."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.metadata(Path(folder).absolute() / str(step) / ARRAYS).item_metadata.tree
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with reader, _reading(Path(folder).absolute() / str(step)) as arrays:
+        return dict(reader.metadata(arrays).item_metadata.tree)
+
+
+@contextlib.contextmanager
+def _reading(step: Path) -> Iterator[Path]:
+    """Where orbax's arrays are; what it raises at them becomes a sentence.
+
+    A step that verifies is as it was signed: by a stranger, with whatever its files say.
+    """
+    try:
+        yield step / ARRAYS
+    except UserError:
+        raise
+    except (
+        *(AttributeError, KeyError, IndexError, TypeError, ValueError),
+        *(OSError, OverflowError, RecursionError),
+    ) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        raise StorageError(
+            f"The arrays in {step} are not as lsdl writes them: {reason}."
+        ) from error
 
 
 def _check_fit(folder: Path, step: int | None, abstract: dict[str, Any]) -> None:
