@@ -230,6 +230,7 @@ def load_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> 
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest_step()
     _check_fit(folder, step, abstract)
+    _check_same(Path(folder) / str(step))
     args = ocp.checkpoint_utils.construct_restore_args(abstract)
     restore = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=True)
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

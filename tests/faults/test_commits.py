@@ -92,6 +92,14 @@ def test_every_damage_to_every_file_is_found_and_the_file_named(tmp_path, kind):
     assert commits.verify(folder) is None
 
 
+def test_another_size_is_found_without_reading_a_byte(tmp_path, monkeypatch):
+    folder = committed(tmp_path, 4)
+    monkeypatch.setattr(commits, "_digest", None)
+    assert commits.verify(folder, digests=False) is None
+    os.truncate(folder / "state" / "d" / "a1", 3)
+    assert "state/d/a1 has 3 bytes, 701 were written" in commits.verify(folder, digests=False)
+
+
 def strange(folder, kind):
     """Something in the place of, or beside, the file state/d/a1."""
     path, outside = folder / "state" / "d" / "a1", folder.parent / "outside"
@@ -196,6 +204,15 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, case):
     folder = committed(tmp_path, 4)
     (folder / MANIFEST).write_text(text, encoding="latin-1")
     assert words in commits.verify(folder)
+
+
+@pytest.mark.threat(35)
+def test_a_manifest_that_says_a_thing_twice_is_refused(tmp_path):
+    """Parsers differ in which of the two they believe."""
+    folder = committed(tmp_path, 4)
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"step": 4', '"step": 5, "step": 4'))
+    assert "not what lsdl writes" in commits.verify(folder)
 
 
 @pytest.mark.threat(36)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lsdl import commits
+from lsdl import checkpoint, commits
 from lsdl.checkpoint import Checkpoints, check_weights, holds, load_weights
 from lsdl.errors import StorageError
 from lsdl.rundir import RunDir
@@ -155,6 +155,22 @@ def test_where_none_verifies_nothing_is_begun_anew(run):
     assert len(str(error.value).splitlines()) == 1
     assert tree(run.path) == before
     run.release()
+
+
+def test_processes_that_see_different_folders_are_told_apart(run, monkeypatch):
+    """By the digest of the manifest, which all of them compare before they restore."""
+    seen = []
+
+    def gathered(digest):
+        seen.append(np.stack([digest, digest + (len(seen) > 0)]))
+        return seen[-1]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", gathered)
+    checkpoint._check_same(run.checkpoints / "6")
+    assert (seen[0] != 0).any()
+    with pytest.raises(StorageError, match="Process 1 does not see what process 0 sees"):
+        checkpoint._check_same(run.checkpoints / "6")
 
 
 @pytest.mark.threat(10)
