@@ -246,11 +246,13 @@ def _compiled(experiment: Experiment, first: int) -> dict[int, Callable]:
     the run is slower than its neighbours.
     """
     state, now = experiment.abstract_state, experiment.ramp.phase_at(first).first_step
-    return {
+    programs = {
         phase.first_step: phase.train_step.lower(state, phase.abstract_batch).compile()
         for phase in experiment.phases
         if phase.first_step >= now
     }
+    processes.meet()
+    return programs
 
 
 def _predicted(experiment: Experiment, programs: dict[int, Callable], folder: RunDir) -> dict:

@@ -255,6 +255,11 @@ def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
     return result
 
 
+def meet() -> None:
+    """Wait for the slowest process without a collective: a CPU's gives up after 30 s."""
+    barrier(f"lsdl-meet-{next(_turns)}", wait_s=SLOWEST_S)
+
+
 def same_on_all(value: bool) -> bool:
     """Process 0's `value`, so that all processes take the same branch."""
     key = f"lsdl-same-{next(_turns)}"

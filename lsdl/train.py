@@ -63,7 +63,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config, given = source.load()
     experiment = processes.together(lambda: build(config))
     processes.together(experiment.check_data)
-    processes.agree({"data": experiment.data_fingerprint})
+    processes.agree({"remat": config.remat, "data": experiment.data_fingerprint})
     say = print if processes.is_main() else lambda *_: None
     if arguments.eval_only:
         folder.check(fields=configs.to_json(config))

@@ -1,5 +1,6 @@
 """Real processes on loopback: the same curve as one, one voice, one end; where they meet."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -7,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from lsdl import rendezvous
+from lsdl import rendezvous, rollcall
 from lsdl.errors import UnreachableError, UserError
 from lsdl.launcher import LAUNCHER, spawn_local, watch
 from lsdl.metrics import read_rows
@@ -149,6 +151,7 @@ def free_port():
         return free.getsockname()[1]
 
 
+@pytest.mark.threat(30, 44)
 def test_a_process_without_the_others_leaves_with_a_sentence():
     """And never with the abort in which jax ends."""
     alone = lambda i: subprocess.Popen(  # noqa: E731
@@ -209,12 +212,146 @@ def test_a_roll_call_names_who_is_missing():
     assert ends[2].code == 69  # without a word: process 0 has said it
 
 
+@pytest.mark.threat(31)
+def test_a_roll_call_lets_no_process_of_another_job_in():
+    """Which leaves at once; the right one is heard all the same."""
+    ends = called(
+        free_port(), [2, 1, 0], num_processes=3, wait_s=1.5, tokens={2: "stale", 0: "a", 1: "a"}
+    )
+    assert str(ends[2]).startswith("Process 2 has another run token than process 0 at 127.0.0.1:")
+    assert "without 2 (a process with another run token called from 127.0.0.1):" in str(ends[0])
+    assert ends[1].code == 69
+
+
+def test_a_roll_call_finds_two_processes_of_one_number():
+    ends = called(free_port(), [1, 1, 0], num_processes=3, wait_s=20)
+    assert str(ends[0]) == "Two processes have --process-id=1: give each its own number."
+    assert ends[1].code == 69
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_who_is_told_to_stop_in_a_roll_call_takes_the_others_along(leaver):
+    port, ends, sockets = free_port(), {}, {}
+
+    def call(i):
+        known = sockets if i == leaver else {}
+        with pytest.raises((SystemExit, UserError)) as end:
+            roll_call(f"127.0.0.1:{port}", 3, i, wait_s=3, sockets=known)
+        ends[i] = end.value
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 10
+    while not sockets and time.monotonic() < until:
+        time.sleep(0.01)
+    for line in list(sockets.values()):  # as the owner of the signals does
+        line.sendall(b"leave 75\n")
+    for thread in threads:
+        thread.join()
+    assert ends[1 - leaver].code == 75
+
+
+def found(*addresses):
+    return lambda *_, **__: [
+        (socket.AF_INET6 if ":" in a else socket.AF_INET, 1, 6, "", (a, 0)) for a in addresses
+    ]
+
+
+@pytest.mark.threat(41)
+@pytest.mark.parametrize(
+    ("host", "addresses", "own"),
+    [
+        ("localhost", ("127.0.0.1",), "127.0.0.1"),
+        ("127.0.0.1", ("127.0.0.1",), "127.0.0.1"),
+        ("node1", ("127.0.1.1",), None),  # its own name, in /etc/hosts: others have another
+        ("node1", ("203.0.113.1",), None),  # of something before it
+        ("node1", ("203.0.113.1", "0.0.0.0"), "0.0.0.0"),  # the first that is this machine's
+        ("node1", (), None),
+    ],
+)
+def test_process_0_listens_on_its_own_address(host, addresses, own, monkeypatch):
+    monkeypatch.setattr(rollcall.socket, "getaddrinfo", found(*addresses))
+    assert (rollcall.own_address(host) or (None, None))[1] == own
+
+
+def listening(pid):
+    """The IPv4 and IPv6 addresses on which a process listens, by the kernel's tables."""
+    sockets = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(fd))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            word = line.split()
+            if word[3] == "0A" and f"socket:[{word[9]}]" in sockets:
+                found.append(word[1].split(":")[0])
+    return found
+
+
+@pytest.mark.threat(41)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's tables")
+def test_a_job_on_one_machine_is_closed_to_all_others():
+    program = """import sys, time
+from lsdl import processes
+address = sys.argv[1]
+processes.initialise(coordinator=address, num_processes=1, process_id=0)
+print("up", flush=True)
+time.sleep(60)"""
+    with subprocess.Popen(
+        (sys.executable, "-c", program, f"127.0.0.1:{free_port()}"),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout.readline() == "up\n"
+            # 127.0.0.1, or what it is in IPv6; all interfaces would be 0.
+            assert {address[-8:] for address in listening(process.pid)} == {"0100007F"}
+        finally:
+            process.kill()
+
+
 def test_a_roll_call_finds_two_numbers_of_processes():
     ends = called(free_port(), [1, 0], num_processes=2, told={1: 3}, wait_s=20)
     assert str(ends[0]).startswith("Process 1 was told that there are 3 processes and process 0")
     assert ends[1].code == 69
 
 
+BY_JAX = """import os, sys, time
+import jax
+from lsdl import processes
+port, number, victim = map(int, sys.argv[1:])
+address, found = f"127.0.0.1:{port}", jax.distributed.initialize
+jax.distributed.initialize = lambda **limits: found(
+    address, 2, number, coordinator_bind_address=address, **limits
+)
+processes.initialise("on", heartbeat_s=5)
+processes.barrier("all-are-here")
+os.kill(os.getpid(), 9) if number == victim else time.sleep(60)"""
+
+
+@pytest.mark.threat(28)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_processes_that_jax_has_found_watch_one_another_too(victim):
+    """As on a TPU pod or under Kubernetes, where only jax knows where process 0 is."""
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            (sys.executable, "-c", BY_JAX, str(port), str(i), str(victim)),
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    errors = [process.communicate(timeout=50)[1] for process in running]
+    assert [process.returncode for process in running][1 - victim] == 69, errors
+    assert f"lsdl: Process {victim} of 2 is lost: its connection has closed." in errors[1 - victim]
+
+
+@pytest.mark.threat(31)
 def test_a_roll_call_hears_no_stranger():
     port = free_port()
     ends = {}
@@ -338,6 +475,7 @@ SLEEP = "time.sleep(600)"
 KILLED = "os.kill(os.getpid(), 9)"
 
 
+@pytest.mark.threat(28, 44)
 @pytest.mark.parametrize(
     ("programs", "code", "said"),
     [

@@ -2,7 +2,8 @@
 
 The environment's FAULT is JSON: {"phase", "process", "action", "marks", "at"}. Every process that
 comes to a phase leaves the file MARKS/PHASE-PROCESS; the one named does what it is told there. The
-same process has further "flags", another "token" and other "code", where these are given.
+same process has further "flags", another "token", other "code" or "data" and a "clock" that is so
+many seconds ahead, where these are given.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ PROCESS = next((int(a.split("=")[1]) for a in sys.argv if a.startswith("--proces
 
 def reached(phase, at=None):
     """Called by the run where `phase` begins, at step `at`."""
-    if phase != FAULT["phase"] or (at is not None and at != FAULT["at"]):
+    elsewhere = None not in (at, FAULT["at"]) and at != FAULT["at"]
+    if phase != FAULT["phase"] or elsewhere:
         return
     mark = Path(FAULT["marks"], f"{phase}-{PROCESS}")
     if mark.exists():  # once
@@ -95,6 +97,13 @@ def differ():
     sys.argv += FAULT.get("flags", [])
     if "token" in FAULT:
         os.environ["LSDL_RUN_TOKEN"] = FAULT["token"]
+    if "clock" in FAULT:
+        right = time.time
+        time.time = lambda: right() + FAULT["clock"]
+    if "data" in FAULT:
+        from lsdl.experiment import Experiment
+
+        Experiment.data_fingerprint = FAULT["data"]
     if "code" in FAULT:
         from lsdl import rundir
 

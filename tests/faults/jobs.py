@@ -31,16 +31,16 @@ NOWHERE = {"phase": "", "process": 0, "action": "", "marks": "", "at": None}
 class Job:
     """The processes of one run; kills what is left of them at the end of the body."""
 
-    def __init__(self, workdir, *more, processes=1, fault=None, env=None):
+    def __init__(self, workdir, *more, processes=1, fault=None, capture=True):
         self.workdir = Path(workdir)
         self.marks = self.workdir.with_name(f"{self.workdir.name}-marks")
         self.marks.mkdir(exist_ok=True)
         fault = NOWHERE | (fault or {}) | {"marks": str(self.marks)}
         command = ("tests.faults.faulty", *FLAGS, f"--workdir={workdir}", *more)
-        env = {"PYTHONPATH": str(ROOT), "FAULT": json.dumps(fault)} | (env or {})
+        env = {"PYTHONPATH": str(ROOT), "FAULT": json.dumps(fault)}
         if processes > 1:
             self.children = spawn_local(
-                command, num_processes=processes, devices_per_process=1, env=env, capture=True
+                command, num_processes=processes, devices_per_process=1, env=env, capture=capture
             )
         else:
             alone = subprocess.Popen(
@@ -89,11 +89,13 @@ class Job:
     def ended(self, *, within_s=60):
         """(exit codes, stderr of each, the seconds until the last had ended)."""
         began = time.monotonic()
-        errors = []
+        errors, self.printed = [], []
         for child in self.children:
             left = max(began + within_s - time.monotonic(), 0.1)
             try:
-                errors.append(child.communicate(timeout=left)[1])
+                out, error = child.communicate(timeout=left)
+                errors.append(error)
+                self.printed.append(out)
             except subprocess.TimeoutExpired:
                 for other in self.children:
                     other.send_signal(signal.SIGCONT)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from lsdl.errors import DISAGREE, STUCK, UNREACHABLE
-from tests.faults.jobs import Job, complete
+from tests.faults.jobs import Job, complete, rows
 
 HEARTBEAT_S = 4
 STUCK_S = 3
@@ -72,7 +72,9 @@ def test_a_process_that_dies_is_named_and_ends_the_others(tmp_path, phase, at, v
 def test_a_process_that_is_stopped_is_named_and_ends_the_others(tmp_path, phase, victim):
     at = 10 if phase == "stepping" else None
     codes, errors = ended(
-        *(tmp_path,), phase=phase, at=at, process=victim, action="stop", within_s=HEARTBEAT_S + 5
+        *(tmp_path, "--config.stuck_after_s=60"),
+        **dict(phase=phase, at=at, process=victim, action="stop"),
+        within_s=HEARTBEAT_S + 5,
     )
     assert codes[victim] == -signal.SIGKILL  # by the test, once the others had ended
     assert codes[1 - victim] == UNREACHABLE, errors
@@ -123,7 +125,7 @@ def test_a_process_that_starts_late_is_waited_for(tmp_path):
 def test_a_process_that_starts_too_late_ends_all(tmp_path, victim):
     flags = ("--wait=3",)
     codes, errors = ended(
-        *(tmp_path, *flags), phase="meeting", process=victim, action="hold:7", at=None, within_s=40
+        *(tmp_path, *flags), phase="meeting", process=victim, action="hold:20", at=None, within_s=60
     )
     assert codes == [UNREACHABLE] * 2, errors
 
@@ -147,6 +149,7 @@ DIFFERENT = {
         "Process 1 has optim.weight_decay=0.5 and process 0 has 0.05 (and 1 more).",
     ),
     "code": ({"code": "0" * 64}, "Process 1 has lsdl's code=0000000000000000 and process 0 has "),
+    "data": ({"data": "0" * 64}, "Process 1 has data=0000"),
     "workdir": ({"flags": ["--workdir=elsewhere"]}, "Process 1 has --workdir="),
 }
 
@@ -173,9 +176,43 @@ def test_two_jobs_at_one_time_both_finish(tmp_path):
             assert codes == [0, 0], errors
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The rows of two processes that were left alone, and what each of them wrote: (out, err)."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with Job(workdir, processes=2) as job:
+        codes, errors, _ = job.ended(within_s=180)
+    assert codes == [0, 0], errors
+    return rows(workdir), list(zip(job.printed, errors, strict=True))
+
+
+@pytest.mark.threat(43)
+def test_process_0_speaks_and_the_others_are_silent(whole):
+    (out, err), (other_out, other_err) = whole[1]
+    assert "lowest valid loss" in out
+    assert len(out + err) < 10_000
+    assert len((out + err).splitlines()) < 60  # of 24 steps, 4 saves and 3 evaluations
+    assert other_err == ""
+    assert len(other_out.splitlines()) < 20  # gloo's own, of its connections
+    assert len(other_out) < 2_000
+
+
+@pytest.mark.faults
+@pytest.mark.threat(11)
+@pytest.mark.parametrize("ahead_s", [-3600, 3600])
+def test_clocks_that_differ_change_nothing(tmp_path, whole, ahead_s):
+    codes, errors = ended(
+        *(tmp_path,), phase="saving", at=12, process=1, clock=ahead_s, action="kill", within_s=30
+    )
+    assert codes == [UNREACHABLE, -signal.SIGKILL], errors
+    codes, errors = ended(tmp_path, process=0, clock=ahead_s, within_s=120)
+    assert codes == [0, 0], errors
+    assert rows(tmp_path / "run") == whole[0]
+
+
 @pytest.mark.faults
 @pytest.mark.threat(2, 28)
-def test_a_job_goes_on_to_the_same_rows_after_a_death(tmp_path):
-    whole = complete(tmp_path / "whole", processes=2)
-    ended(tmp_path, phase="saving", at=12, process=0, action="kill", within_s=30)
-    assert complete(tmp_path / "run", processes=2) == whole
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_job_goes_on_to_the_same_rows_after_a_death(tmp_path, whole, victim):
+    ended(tmp_path, phase="saving", at=12, process=victim, action="kill", within_s=30)
+    assert complete(tmp_path / "run", processes=2) == whole[0]
