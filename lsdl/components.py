@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from lsdl import tasks
+from lsdl import guard, tasks
 from lsdl.checks import choice
 from lsdl.config import duration_steps, from_json, is_of, template, to_steps
 from lsdl.data import dataset, ramp
@@ -264,6 +264,23 @@ def make_ramp(config: ConfigDict, *, examples: int, units: dict) -> Ramp:
             "microbatches, and its loss is no sum over them."
         )
     return made
+
+
+def make_guard(config: ConfigDict, mesh: Mesh | AbstractMesh) -> guard.Rule:
+    """What a step has to keep to."""
+    there = isinstance(mesh, Mesh)
+    if config.guard.window < 2:
+        raise UserError(f"guard.window={config.guard.window} must be at least 2.")
+    if config.guard.sigmas <= 0:
+        raise UserError(f"guard.sigmas={config.guard.sigmas} must be positive.")
+    return guard.Rule(
+        choice("guard.spike", config.guard.spike, guard.SPIKES),
+        window=config.guard.window,
+        sigmas=config.guard.sigmas,
+        limit=config.guard.limit,
+        rewind_steps=config.guard.rewind_steps,
+        branches=there and mesh.devices.flat[0].platform == "cpu",
+    )
 
 
 def make_schedule(config: ConfigDict, *, units: dict) -> tuple[optax.Schedule, Conditions]:

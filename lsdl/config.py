@@ -29,20 +29,21 @@ NOT_NEGATIVE = (
     "loss.chunk",
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
     *(f"optim.schedule.{name}_factor" for name in ("start", "end", "low")),
-    "optim.schedule.growth_decay",
+    *("optim.schedule.growth_decay", "guard.limit"),
     *("optim.eps", "optim.eps_root", "optim.damping", "optim.sam_rho"),
     *("optim.muon_rms", "optim.linesearch_steps", "optim.initial_accumulator"),
 )
 
 AT_LEAST_1 = (
     *("optim.lbfgs_memory", "optim.newton_limit", "optim.cg_steps", "optim.factored_dim"),
+    "guard.rewind_steps",
 )
 
 # What a resumed run may change: nothing here enters the mathematics of a step.
 RESUMABLE = re.compile(
     r"((dcn_)?mesh|(param_)?rules|partitioner|sequence_attention|pipeline_microbatches|remat|total_\w+"
     r"|stuck_after_s)$"
-    r"|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$"
+    r"|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$|guard\.limit$"
 )
 
 

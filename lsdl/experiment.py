@@ -26,6 +26,7 @@ from lsdl.data.loader import Loader
 from lsdl.data.ramp import Ramp
 from lsdl.data.shards import Shard
 from lsdl.errors import UserError
+from lsdl.guard import Rule
 from lsdl.models import remat
 from lsdl.optim.conditions import Conditions
 from lsdl.optim.wrappers import averages
@@ -81,6 +82,7 @@ class Experiment:
     check_data: Callable[[], None]  # UserError unless all splits and weights can be read
     check_digests: Callable[[], list[Shard]]  # of the prepared files; DataError for a wrong one
     identify_data: Callable[[], str]  # see `data_fingerprint`
+    guard: Rule  # what a step has to keep to
     batch_size: int
     accum: int  # microbatches of a step
     remat: str  # what the model's blocks keep for their backward pass
@@ -171,7 +173,9 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     make_tx = functools.partial(components.make_optimizer, config, units=units, mesh=mesh)
     tx = make_tx(schedule)
 
-    make_init = steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)
+    rule = components.make_guard(config, mesh)
+    initial = dict(batch_size=batch_size, rule=rule, teacher=teacher)
+    make_init = steps.make_init(module, task, tx, **initial)
     with remat.recording() as activations:
         boxed = jax.eval_shape(lambda: make_init(jax.random.key(0)))
     remat.check_names(config.remat, activations)
@@ -208,7 +212,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
             config.partitioner,
             prepare,
             make_grads(accum=accum),
-            steps.make_update(tx, schedule, gauss_newton=gauss_newton, measure=measure),
+            steps.make_update(tx, schedule, rule=rule, gauss_newton=gauss_newton, measure=measure),
             shardings=shardings,
             gradients=gradients,
             **placed,
@@ -229,9 +233,8 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         prepare,
         make_grads(accum=config.accum),
         make_tx,
-        lambda tx, key: nn.unbox(
-            steps.make_init(module, task, tx, batch_size=batch_size, teacher=teacher)(key)
-        ),
+        lambda tx, key: nn.unbox(steps.make_init(module, task, tx, **initial)(key)),
+        rule=rule,
         gauss_newton=gauss_newton,
         measure=make_measure(accum=config.accum),
     )
@@ -305,6 +308,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         ),
         check_digests=data.shards,
         identify_data=data.identity,
+        guard=rule,
         batch_size=batch_size,
         accum=config.accum,
         remat=config.remat,

@@ -10,6 +10,7 @@ The order within a step is part of the contract; do not change it:
 6. stop, if asked to
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from lsdl import interruption, prediction, processes
 from lsdl.checkpoint import Checkpoints, load_weights, merged
 from lsdl.data.dataset import SPLITS
 from lsdl.experiment import Experiment
+from lsdl.guard import IN_A_ROW, SPIKED, Verdicts
 from lsdl.interruption import StopRequest
 from lsdl.metrics import JsonLines, TensorBoard, Writers, fetched, means, read_rows
 from lsdl.processes import is_main, same_on_all
@@ -170,56 +172,75 @@ def _train(
     counted = dict(size=ramp.examples_before, unit="example") if len(ramp.phases) > 1 else {}
     progress = Progress(first, last, experiment.name, silent=not is_main(), **counted)
     due = lambda step, every: step % every == 0 or step == last  # noqa: E731
-    pending = None  # (step, metrics) dispatched and not yet written
-    step = written = first
-
-    def flush():
-        nonlocal pending, written
-        if pending is not None:
-            number, metrics = pending
-            values = jax.device_get(metrics)
-            examples_seen = ramp.examples_before(number)
-            rate = progress.lap(number)
-            batch_size = (examples_seen - ramp.examples_before(written)) / (number - written)
-            written = number
-            row = values | _pace(experiment.task, examples_seen, batch_size, rate)
-            row |= experiment.task.derive(values)
-            row |= prediction.measured(predicted, row["examples_per_s"])
-            writers.write(number, "train", row)
-            progress.show(loss=f"{values['loss']:.4f}")
-            pending = None
-
-    for step in range(first + 1, last + 1):
-        batch = next(batches)
-        state, metrics = programs[ramp.phase_at(step - 1).first_step](state, batch)
-        stop.began()
-        watch.sent(step, metrics["loss"])
-        flush()
-        if due(step, experiment.log_every_steps):
-            pending = (step, metrics)
-        progress.advance()
-        valid = None
-        if due(step, experiment.eval_every_steps):
-            flush()
-            with progress.pause(state), watch.phase("evaluating"):
-                final = step == last
-                valid = evaluate(experiment, state, "valid", final=final, alive=watch.alive)
-            writers.write(step, "valid", valid)
-        stopping = stop.after(step) and step < last
-        if stopping or due(step, experiment.checkpoint_every_steps) or checkpoints.check():
-            flush()
-            writers.sync()
-            with progress.pause(state), watch.phase("saving"):
-                checkpoints.save(step, state, metrics=valid)
-        if stopping:
-            break
-    jax.block_until_ready(state)
-    with watch.phase("saving"):
-        _committed(checkpoints, step, state)
-    rate = (ramp.examples_before(step) - ramp.examples_before(first)) / progress.running_s()
-    progress.close()
+    rows = _Rows(experiment, writers, progress, predicted, first)
+    verdicts, step = Verdicts(experiment.guard), first
+    with contextlib.closing(progress):
+        for step in range(first + 1, last + 1):
+            batch = next(batches)
+            state, metrics = programs[ramp.phase_at(step - 1).first_step](state, batch)
+            stop.began()
+            watch.sent(step, metrics["loss"])
+            rows.flush()
+            verdicts.sent(step, metrics)
+            if due(step, experiment.log_every_steps):
+                rows.pending = (step, metrics)
+            progress.advance()
+            valid = None
+            if due(step, experiment.eval_every_steps):
+                rows.flush()
+                with progress.pause(state), watch.phase("evaluating"):
+                    final = step == last
+                    valid = evaluate(experiment, state, "valid", final=final, alive=watch.alive)
+                writers.write(step, "valid", valid)
+            stopping = stop.after(step) and step < last
+            if stopping or due(step, experiment.checkpoint_every_steps) or checkpoints.check():
+                rows.flush()
+                writers.sync()
+                verdicts.settle()
+                with progress.pause(state), watch.phase("saving"):
+                    checkpoints.save(step, state, metrics=valid)
+            if stopping:
+                break
+        jax.block_until_ready(state)
+        with watch.phase("saving"):
+            _committed(checkpoints, step, state)
+        rate = (ramp.examples_before(step) - ramp.examples_before(first)) / progress.running_s()
     stopped = stop.signal if step < last else None
     return Outcome(step, signal=stopped, state=state, examples_per_s=rate)
+
+
+class _Rows:
+    """The rows of the train split: each is written when the step after it has been sent."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        writers: Writers,
+        progress: Progress,
+        predicted: dict,
+        first: int,
+    ):
+        self._experiment, self._writers = experiment, writers
+        self._progress, self._predicted = progress, predicted
+        self._written = first
+        self.pending: tuple[int, dict] | None = None  # (step, metrics) sent and not yet written
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (number, metrics), self.pending = self.pending, None
+        values = jax.device_get(metrics)
+        del values[IN_A_ROW], values[SPIKED]
+        task, examples_before = self._experiment.task, self._experiment.ramp.examples_before
+        rate = self._progress.lap(number)
+        taken = examples_before(number) - examples_before(self._written)
+        batch_size = taken / (number - self._written)
+        self._written = number
+        row = values | _pace(task, examples_before(number), batch_size, rate)
+        row |= task.derive(values)
+        row |= prediction.measured(self._predicted, row["examples_per_s"])
+        self._writers.write(number, "train", row)
+        self._progress.show(loss=f"{values['loss']:.4f}")
 
 
 def _committed(checkpoints: Checkpoints, step: int, state: TrainState) -> None:

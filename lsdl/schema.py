@@ -51,6 +51,7 @@ def template() -> ConfigDict:
     config.teacher = ""  # a run folder whose model is distilled
 
     config.optim = _optim()
+    config.guard = _guard()
     for group in ("eval", "checkpoint", "log"):
         config[group] = ConfigDict()
         _durations(config[group], "every")
@@ -77,6 +78,20 @@ def _loss() -> ConfigDict:
     loss.form = "softmax"  # contrastive: softmax | sigmoid
     loss.chunk = 0  # positions, or rows, with logits in memory at one time; 0: all
     return loss
+
+
+def _guard() -> ConfigDict:
+    guard = ConfigDict()
+    # A step whose loss, gradient, update or parameters are not finite changes nothing.
+    guard.limit = 5  # more such steps in a row end the run
+    # And one whose loss or gradient norm lies above mean + sigmas x std of those of the window's
+    # accepted steps (of their logarithms): off | skip, it changes nothing either | rewind, to the
+    # newest checkpoint rewind_steps before it, and on without the batches from there to the spike
+    guard.spike = "off"
+    guard.window = 128  # accepted steps; half of them are there before the first spike is
+    guard.sigmas = 6.0
+    guard.rewind_steps = 100
+    return guard
 
 
 def _evaluation(group: ConfigDict) -> None:

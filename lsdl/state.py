@@ -17,6 +17,7 @@ class TrainState(struct.PyTreeNode):
     model_state: Any  # other variable collections, such as BatchNorm's running statistics
     opt_state: Any
     key: jax.Array  # typed PRNG key, never changed: streams are derived by name and step
+    guard: Any  # lsdl.guard's counts of steps that changed nothing, and its window
 
 
 def stream(key: jax.Array, name: str, step: jax.Array | int = 0) -> jax.Array:

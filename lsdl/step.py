@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lsdl import measures
+from lsdl import guard, measures
 from lsdl.metrics import means
 from lsdl.models.layers import example_rows
 from lsdl.optim import wrappers
@@ -137,11 +137,13 @@ def make_update(
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
+    rule: guard.Rule,
     gauss_newton: Callable | None = None,
     measure: Callable | None = None,
 ) -> Callable[[TrainState, Batch, Callable], tuple[TrainState, Metrics]]:
     """`update(state, batch, sums) -> (state, metrics)`: one optimiser step on the mean gradient.
 
+    A step that does not keep to the guard's `rule` changes nothing but the count of steps.
     `sums(state, batch) -> Sums` is the gradients' half, over all devices; `gauss_newton` is for the
     optimisers that want its products, `measure` what `measures.make` returns.
     """
@@ -150,36 +152,49 @@ def make_update(
         found = sums(state, batch)
         weight = found["weight"]
         loss, gradient = means((found["loss"], found["grads"]), weight)
-        updates, opt_state = tx.update(
-            gradient,
-            state.opt_state,
-            state.params,
-            value=loss,
-            grad=gradient,
-            **_functions(state, batch, sums),
-            **({"gauss_newton_fn": gauss_newton(state, batch)} if gauss_newton else {}),
+        grad_norm = optax.tree.norm(gradient)
+        verdict = guard.judge(
+            state.guard, loss, grad_norm, model_state=found["model_state"], rule=rule
         )
-        params = optax.apply_updates(state.params, updates)
+
+        def move(gradient, params, opt_state):
+            updates, opt_state = tx.update(
+                gradient,
+                opt_state,
+                params,
+                value=loss,
+                grad=gradient,
+                **_functions(state, batch, sums),
+                **({"gauss_newton_fn": gauss_newton(state, batch)} if gauss_newton else {}),
+            )
+            params = optax.apply_updates(params, updates)
+            told = {"update_norm": optax.tree.norm(updates)}
+            if measure:
+                rows = len(batch["weight"])
+                told |= measure(state.params, gradient, updates, found, batch_size=rows)
+            return (params, opt_state), told
+
+        (params, opt_state), moved = guard.unless_bad(
+            verdict.good, move, gradient, state.params, state.opt_state, rule=rule
+        )
+        model_state = guard.chosen(verdict.good, found["model_state"], state.model_state)
+        taken = state.step - state.guard.skipped  # the updates that the optimiser has counted
         metrics = {
             "loss": loss,
             **means(found["metrics"], weight),
-            "grad_norm": optax.tree.norm(gradient),
-            "update_norm": optax.tree.norm(updates),
+            "grad_norm": grad_norm,
+            "update_norm": moved.pop("update_norm"),
             "param_norm": optax.tree.norm(params),
-            "learning_rate": wrappers.rate(
-                opt_state, jnp.asarray(schedule(state.step), jnp.float32)
-            ),
+            "learning_rate": wrappers.rate(opt_state, jnp.asarray(schedule(taken), jnp.float32)),
         }
-        if measure:
-            rows = len(batch["weight"])
-            metrics |= measure(state.params, gradient, updates, found, batch_size=rows)
         state = state.replace(
             step=state.step + 1,
             params=params,
-            model_state=found["model_state"],
+            model_state=model_state,
             opt_state=opt_state,
+            guard=verdict.guard,
         )
-        return state, metrics
+        return state, metrics | moved | guard.told(verdict, metrics["update_norm"])
 
     return update
 
@@ -211,7 +226,7 @@ def make_run(
     grads: Callable,
     make_tx: Callable[[optax.Schedule], optax.GradientTransformationExtraArgs],
     make_state: Callable[[optax.GradientTransformation, jax.Array], TrainState],
-    **of_update: Callable | None,
+    **of_update: Any,
 ) -> Callable[[jax.Array, jax.Array, Batch], tuple[TrainState, Metrics]]:
     """`run(key, rates_T, batches_T) -> (state, metrics_T)`: a whole training as one program.
 
@@ -294,7 +309,13 @@ def as_weights(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_init(
-    module, task, tx: optax.GradientTransformation, *, batch_size: int, teacher=None
+    module,
+    task,
+    tx: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    rule: guard.Rule,
+    teacher=None,
 ) -> Callable:
     """`init(key) -> TrainState` whose parameters still carry their logical axes (Flax boxes).
 
@@ -308,6 +329,7 @@ def make_init(
         params = variables.pop("params")
         if teacher is not None:
             variables[TEACHER] = teacher.init(stream(key, TEACHER), *inputs, train=False)
-        return TrainState(jnp.zeros((), jnp.int32), params, variables, tx.init(params), key)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, variables, tx.init(params), key, guard.init(rule))
 
     return init

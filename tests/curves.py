@@ -62,6 +62,7 @@ def drawn_state(experiment):
         drawn(abstract.model_state),
         jax.tree.map(zeros, abstract.opt_state),
         jax.random.key(0),
+        jax.tree.map(zeros, abstract.guard),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lsdl import loop
 from lsdl.experiment import build
+from lsdl.guard import IN_A_ROW, SPIKED
 from lsdl.metrics import read_rows
 
 
@@ -37,7 +38,8 @@ class Program:
     def __call__(self, state, batch):
         self.step += 1
         self.log.append(f"dispatch {self.step}")
-        return state, {"loss": Recorded(self.step, self.log)}
+        verdict = {IN_A_ROW: np.int32(0), SPIKED: np.bool_(False)}
+        return state, {"loss": Recorded(self.step, self.log), **verdict}
 
 
 class Checkpoints:

@@ -77,11 +77,11 @@ def by_hand(
         apart["grads"] = _reduced(apart["grads"], params, scattered, over)
         return (lax.psum(sums, over) if over else sums) | apart
 
-    state_specs = TrainState(P(), params, model_state, (), P())
+    state_specs = TrainState(P(), params, model_state, (), P(), ())
     out_specs = {name: P() for name in ("loss", "weight", "metrics")}
     out_specs |= {"grads": scattered, "model_state": model_state}
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(state_specs, P(over)), out_specs=out_specs)
-    return lambda state, batch: mapped(state.replace(opt_state=()), batch)
+    return lambda state, batch: mapped(state.replace(opt_state=(), guard=()), batch)
 
 
 def _spec(spec: P, mesh: Mesh | AbstractMesh) -> P:
