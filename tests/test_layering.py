@@ -65,7 +65,7 @@ LEVELS = [
         *("planner.scaling", "planner.published"),
         *("planner.activations", "planner.architecture", "planner.memory", "planner.analytic"),
         "planner.lectures",
-        *("analysis.noise", "analysis.curvature", "analysis.landscape"),
+        *("analysis.noise", "analysis.curvature", "analysis.landscape", "analysis.sharpness"),
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
         "analysis.clock",

@@ -10,7 +10,7 @@ Shape letters: K steps of Lanczos, R starts, T places of a density.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -344,17 +344,22 @@ class Spectrum(NamedTuple):
         return float(np.mean(found)), float(error)
 
 
+def random_starts(
+    product: Product, like: Any, *, starts: int, steps: int, key: jax.Array
+) -> Iterator[Lanczos]:
+    """Runs of Lanczos from random signs: `starts` x `steps` products."""
+    for i in range(starts):
+        drawn, restarted = jax.random.split(jax.random.fold_in(key, i))
+        start = random_like(like, drawn, jax.random.rademacher)
+        yield lanczos(product, start, steps, key=restarted)
+
+
 def spectrum(product: Product, like: Any, *, starts: int, steps: int, key: jax.Array) -> Spectrum:
     """The spectral density by stochastic Lanczos quadrature: `starts` x `steps` products.
 
     Source: Ubaru et al. 2017, algorithm 1; Ghorbani et al. 2019, section 3.
     """
-    found = []
-    for i in range(starts):
-        drawn, restarted = jax.random.split(jax.random.fold_in(key, i))
-        start = random_like(like, drawn, jax.random.rademacher)
-        found.append(lanczos(product, start, steps, key=restarted))
-    return quadrature(found)
+    return quadrature(random_starts(product, like, starts=starts, steps=steps, key=key))
 
 
 def quadrature(found: Iterable[Lanczos]) -> Spectrum:
