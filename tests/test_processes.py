@@ -172,6 +172,15 @@ def test_a_process_without_the_others_leaves_with_a_sentence():
     assert [len(error.splitlines()) for error in errors] == [1, 1]
 
 
+@pytest.mark.threat(30, 44)
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.1"])
+def test_a_coordinator_that_is_not_there_is_given_up_in_time(host):
+    place, began = f"{host}:{free_port()}", time.monotonic()
+    with pytest.raises(UnreachableError, match=f"has not reached process 0 at {place} within 1 s"):
+        roll_call(place, 2, 1, wait_s=1)
+    assert time.monotonic() - began < 3
+
+
 def called(port, numbers, *, num_processes, wait_s, told=None, tokens=None):
     """{process: how its roll call ended}, all of them at once."""
     ends, meetings = {}, []
