@@ -41,7 +41,7 @@ def refused(monkeypatch):
         began = time.monotonic()
         with pytest.raises(UserError) as error:
             build(configs.load("mutated.py")[0], devices=8)
-        assert time.monotonic() - began < 10  # 3 s, on a machine with nothing else to do
+        assert time.monotonic() - began < 30  # 3 s, on a machine with nothing else to do
         sentence = str(error.value)
         assert len(sentence.splitlines()) == 1
         return sentence

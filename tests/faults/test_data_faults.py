@@ -58,7 +58,7 @@ def refused(train, tmp_path):
         began = time.monotonic()
         found, out, err = train(SMOKE, f"--workdir={tmp_path / 'run'}", *SHORT)
         assert (found, out) == (code, "")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert len(err.splitlines()) == 1
         assert not any("backend_compile" in event for event in events)
         assert not (tmp_path / "run").exists()
@@ -350,7 +350,7 @@ def test_what_fails_while_reading_ahead_comes_up_and_leaves_no_thread(prefetch):
     began = time.monotonic()
     with pytest.raises(DataError, match="Record 9"):
         list(made.batches(0, made.num_batches))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert threading.active_count() <= before + prefetch
 
 

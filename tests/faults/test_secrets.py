@@ -153,7 +153,7 @@ def test_a_run_that_crashes_and_goes_on_leaks_nothing(tmp_path):
     env = os.environ | CANARIES | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
     config = f"{CONFIGS / 'digits_mlp.py'}:smoke"
     command = [sys.executable, "-m", "lsdl.train", "--config", config, f"--workdir={workdir}"]
-    long = [*command, "--config.total_steps=4000", "--config.checkpoint.every_steps=2"]
+    long = [*command, "--config.total_steps=300", "--config.checkpoint.every_steps=2"]
     outputs = []
     with subprocess.Popen(long, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         deadline = time.monotonic() + 120
@@ -161,7 +161,7 @@ def test_a_run_that_crashes_and_goes_on_leaks_nothing(tmp_path):
             time.sleep(0.1)
         run.send_signal(signal.SIGKILL)
         outputs += run.communicate()
-    more = ["--config.total_steps=4001", "--config.log.every_steps=2000"]
+    more = ["--config.checkpoint.every_steps=150"]  # the last of two counts
     for arguments in (
         [*command, "--api-token", CANARIES["PASSWORD"]],  # refused
         [*command, f"--config.init_from={CANARIES['DATABASE_URL']}"],  # refused

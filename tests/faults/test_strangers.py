@@ -133,26 +133,34 @@ class Watch:
 
     def check(self, folder, *written):
         """Nothing of `folder` was executed, nothing else opened but libraries and `written`."""
-        libraries = (sys.prefix, sys.base_prefix, ROOT, "/proc", "/sys", "/dev", "/usr", "/lib")
-        libraries += ("/etc/ld.so", "/etc/localtime", *map(Path, sys.path[1:]))
-        libraries += (Path("~/.cache/matplotlib").expanduser(),)
-        for event, args in self.events:
-            if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
-                path = os.path.abspath(os.fsdecode(args[0]))
-                allowed = [folder, *written, *libraries]
-                assert path.startswith(tuple(os.path.abspath(a) for a in allowed)), path
-            elif event == "exec":
-                assert not str(args[0].co_filename).startswith(str(folder)), args
-            elif event == "compile":
-                assert MARK not in str(args[0]), args
-                assert not str(args[1]).startswith(str(folder)), args
-            elif event == "import":
-                assert not str(args[1] or "").startswith(str(folder)), args
-            elif event == "subprocess.Popen":
-                assert [os.path.basename(str(a)) for a in args[1][:2]] == ["git", "-C"], args
-                assert str(args[1][2]) == str(ROOT), args
-            else:
-                assert event in ("open", "exec", "compile", "import", "subprocess.Popen"), args
+        assert [event for event in self.events if not self._may_be(event, folder, written)] == []
+
+    def _may_be(self, heard, folder, written):
+        event, args = heard
+        inside = lambda place: str(place or "").startswith(str(folder))  # noqa: E731
+        if event == "open":
+            named = isinstance(args[0], str | bytes | os.PathLike)
+            return not named or self._is_open(
+                os.path.abspath(os.fsdecode(args[0])), folder, written
+            )
+        if event == "exec":
+            return not inside(args[0].co_filename)
+        if event == "compile":
+            return MARK not in str(args[0]) and not inside(args[1])
+        if event == "import":
+            return not inside(args[1])
+        if event == "subprocess.Popen":  # the commit of lsdl itself
+            words = list(map(str, args[1][:3]))
+            return os.path.basename(words[0]) == "git" and words[1:] == ["-C", str(ROOT)]
+        return False
+
+    @staticmethod
+    def _is_open(path, folder, written):
+        own = [folder, *written, ROOT, sys.prefix, sys.base_prefix, *sys.path[1:]]
+        own += ["/proc", "/sys", "/dev", "/usr", "/lib", "/etc/ld.so", "/etc/localtime"]
+        own.append(Path("~/.cache/matplotlib").expanduser())
+        own += [os.path.realpath(place) for place in own]
+        return path.startswith(tuple(map(os.path.abspath, own))) or "/site-packages/" in path
 
 
 MARK = "a_stranger_was_here"
@@ -323,7 +331,7 @@ def test_links_and_pipes_in_a_run_folder_are_refused_by_name(strange, tmp_path, 
     for claim in (RunDir(strange).create, RunDir(strange).acquire, RunDir(strange).read_config):
         with pytest.raises(UserError, match=f"{part} is no regular"):
             claim()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert f"{part} is no regular" in capsys.readouterr().err
     assert target.is_dir() or target.read_text() == "x"
 
