@@ -9,7 +9,7 @@ from lsdl import errors
 from tests.conftest import ROOT
 from tests.faults import conftest, coverage, merge
 
-ROWS = coverage.threats()
+ROWS, MARKS = coverage.threats(), coverage.marked()
 PARTS = {
     "1/12": {
         "part": "1/12",
@@ -32,8 +32,21 @@ def test_there_are_44_threats_in_order():
     assert [row["number"] for row in ROWS] == list(range(1, 45))
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["number"]))
+def test_a_threat_has_a_test_or_says_why_nothing_is_promised(row):
+    assert row.keys() - {"promise", "not_promised"} == {"number", "group", "threat"}
+    assert ("promise" in row) != ("not_promised" in row)
+    tests = [test for number, test, _ in MARKS if number == row["number"]]
+    assert bool(tests) == ("promise" in row)
+
+
 def test_no_test_claims_a_threat_that_is_none():
-    assert {number for number, _, _ in coverage.marked()} <= {row["number"] for row in ROWS}
+    assert {number for number, _, _ in MARKS} <= {row["number"] for row in ROWS}
+
+
+def test_the_document_is_as_its_sources_say():
+    """If not: python -m tests.faults.merge."""
+    assert merge.DOCUMENT.read_text() == merge.document(merge.stored())
 
 
 def test_marks_are_found_wherever_they_stand(tmp_path):
