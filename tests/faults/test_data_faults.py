@@ -315,7 +315,7 @@ def test_data_that_are_not_there_are_named_with_their_command(tmp_path):
     source = ["--config.data.source=tfds:cifar10", "--config.data.valid_split=test"]
     done = alone(tmp_path, *source)
     assert done.returncode == NO_DATA
-    assert time.monotonic() - began < 20  # 5 s, on a machine with nothing else to do
+    assert time.monotonic() - began < 60  # 5 s, on a machine with nothing else to do
     assert done.stderr.startswith("lsdl: tfds:cifar10 is not on disk. Prepare it once: pip install")
     assert "t.builder('cifar10', data_dir='" in done.stderr
     assert len(done.stderr.splitlines()) == 1
