@@ -19,6 +19,7 @@ from lsdl.rendezvous import split_address
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LISTENER = "LSDL_LISTENER"  # the number of an inherited socket that listens for process 0
 SLOW_S = 2  # that a caller may take to say its line
+SERVICE_S = 30  # that jax's service may take to listen, once all have met
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,8 @@ class Call:
     def _await(self, port: int) -> int:
         """Until jax listens: its client waits a second after a refusal."""
         address = self._address[0], port
-        for _ in range(200 if port else 0):
+        until = time.monotonic() + (SERVICE_S if port else 0)
+        while time.monotonic() < until:
             with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
                 return port
             time.sleep(0.05)
