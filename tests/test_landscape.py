@@ -14,7 +14,6 @@ from lsdl.analysis.curvature import dot, random_like
 from lsdl.experiment import build
 from lsdl.loop import evaluate
 from lsdl.sharding import mesh as meshes
-from lsdl.state import TrainState
 
 KEY = jax.random.key(0)
 
@@ -114,7 +113,7 @@ def test_the_centre_is_evaluations_loss_to_the_last_bit(load, name):
 
     def sums(variables, batch):
         rest = {name: x for name, x in variables.items() if name != "params"}
-        return eval_step(TrainState(0, variables["params"], rest, (), None), batch)
+        return eval_step(state.replace(params=variables["params"], model_state=rest), batch)
 
     loader = experiment.eval_loader("valid")
     found = landscape.surface(
