@@ -1,9 +1,12 @@
 """The parts of an experiment, each from its fields of the config: data, task, model, optimizer."""
 
+import hashlib
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
@@ -13,9 +16,10 @@ from ml_collections import ConfigDict
 from lsdl import guard, tasks
 from lsdl.checks import choice
 from lsdl.config import duration_steps, from_json, is_of, template, to_steps
-from lsdl.data import dataset, ramp
+from lsdl.data import dataset, ramp, skip
 from lsdl.data.dataset import SPLITS, Dataset
 from lsdl.data.ramp import Ramp
+from lsdl.data.skip import Skips
 from lsdl.errors import UserError, nearest
 from lsdl.models import (
     alexnet,
@@ -266,9 +270,50 @@ def make_ramp(config: ConfigDict, *, examples: int, units: dict) -> Ramp:
     return made
 
 
+def make_skips(config: ConfigDict) -> Skips:
+    """The batches that training leaves out."""
+    skips = skip.check(config.data.skip_batches)
+    if skips and config.batch_ramp:
+        raise UserError(
+            f"data.skip_batches={tuple(config.data.skip_batches)} must be () with a batch_ramp, "
+            "whose steps take other examples if some are left out."
+        )
+    return skips
+
+
+def check_rewind(config: ConfigDict, *, every_steps: int) -> None:
+    """Whether the checkpoint that a rewind wants is still there."""
+    reach = (config.checkpoint.keep_latest - 1) * every_steps
+    if config.guard.spike == "rewind" and config.guard.rewind_steps > reach:
+        raise UserError(
+            f"guard.rewind_steps={config.guard.rewind_steps} is more than {reach}, how far the "
+            f"checkpoints reach back: (checkpoint.keep_latest={config.checkpoint.keep_latest} - 1) "
+            f"x {every_steps} steps; keep more of them."
+        )
+
+
+LAYOUT = (
+    *("dcn_mesh", "rules", "param_rules", "partitioner", "sequence_attention"),
+    *("pipeline_microbatches", "remat"),
+)
+
+
+def layout(config: ConfigDict, mesh: Mesh | AbstractMesh) -> str:
+    """A digest of where and how the run is computed: what a resume may change and bits may not."""
+    kinds = sorted({d.device_kind for d in mesh.devices.flat}) if isinstance(mesh, Mesh) else []
+    said = [[name, config[name]] for name in LAYOUT]
+    said += [sorted(mesh.shape.items()), kinds, jax.__version__, jax.process_count()]
+    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+
+
 def make_guard(config: ConfigDict, mesh: Mesh | AbstractMesh) -> guard.Rule:
     """What a step has to keep to."""
     there = isinstance(mesh, Mesh)
+    if config.guard.spike == "rewind" and config.batch_ramp:
+        raise UserError(
+            "guard.spike=rewind must be off or skip with a batch_ramp, whose steps take other "
+            "examples if some are left out."
+        )
     if config.guard.window < 2:
         raise UserError(f"guard.window={config.guard.window} must be at least 2.")
     if config.guard.sigmas <= 0:

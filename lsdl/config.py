@@ -29,7 +29,7 @@ NOT_NEGATIVE = (
     "loss.chunk",
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
     *(f"optim.schedule.{name}_factor" for name in ("start", "end", "low")),
-    *("optim.schedule.growth_decay", "guard.limit"),
+    *("optim.schedule.growth_decay", "guard.limit", "guard.audit_every_steps"),
     *("optim.eps", "optim.eps_root", "optim.damping", "optim.sam_rho"),
     *("optim.muon_rms", "optim.linesearch_steps", "optim.initial_accumulator"),
 )
@@ -43,7 +43,7 @@ AT_LEAST_1 = (
 RESUMABLE = re.compile(
     r"((dcn_)?mesh|(param_)?rules|partitioner|sequence_attention|pipeline_microbatches|remat|total_\w+"
     r"|stuck_after_s)$"
-    r"|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$|guard\.limit$"
+    r"|(log|eval|checkpoint)\.|data\.(in_memory_mib|prefetch)$|guard\.(limit|audit_every_steps)$"
 )
 
 

@@ -25,6 +25,7 @@ from lsdl.data.dataset import Dataset
 from lsdl.data.loader import Loader
 from lsdl.data.ramp import Ramp
 from lsdl.data.shards import Shard
+from lsdl.data.skip import Skips
 from lsdl.errors import UserError
 from lsdl.guard import Rule
 from lsdl.models import remat
@@ -76,13 +77,16 @@ class Experiment:
     eval_step: partition.Program  # (state, batch) -> sums
     residuals: partition.Program  # (state, batch) -> what the loss of a microbatch keeps
     whole_run: partition.Program  # (key, rates_T, batches_T) -> (state, metrics_T), on one device
-    train_loader: Callable[[], Loader]
+    skip_batches: Skips  # that the config leaves out
+    train_loader: Callable[..., Loader]  # (skip = skip_batches)
     eval_loader: Callable[[str], Loader]  # of a split: train | valid | test
     evaluators: tuple[Callable, ...]  # (state, eval_loader, split) -> metrics
     check_data: Callable[[], None]  # UserError unless all splits and weights can be read
     check_digests: Callable[[], list[Shard]]  # of the prepared files; DataError for a wrong one
     identify_data: Callable[[], str]  # see `data_fingerprint`
     guard: Rule  # what a step has to keep to
+    audit_every_steps: int
+    layout: str  # digest of what decides the bits beside the config's mathematics: where it runs
     batch_size: int
     accum: int  # microbatches of a step
     remat: str  # what the model's blocks keep for their backward pass
@@ -173,7 +177,12 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     make_tx = functools.partial(components.make_optimizer, config, units=units, mesh=mesh)
     tx = make_tx(schedule)
 
-    rule = components.make_guard(config, mesh)
+    skip_batches, rule = components.make_skips(config), components.make_guard(config, mesh)
+    every_steps = {
+        group: duration_steps(config[group], "every", **units)
+        for group in ("eval", "checkpoint", "log")
+    }
+    components.check_rewind(config, every_steps=every_steps["checkpoint"])
     initial = dict(batch_size=batch_size, rule=rule, teacher=teacher)
     make_init = steps.make_init(module, task, tx, **initial)
     with remat.recording() as activations:
@@ -275,8 +284,13 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         eval_step=eval_step,
         residuals=residuals,
         whole_run=partition.program(whole_run, mesh=None, rules=(), precision=config.precision),
-        train_loader=lambda: loader(
-            data.reader("train"), transforms=data.transforms("train"), train=True, **train_data
+        skip_batches=skip_batches,
+        train_loader=lambda skip=skip_batches: loader(
+            data.reader("train"),
+            transforms=data.transforms("train"),
+            train=True,
+            skip=skip,
+            **train_data,
         ),
         # The training split is evaluated on a part of it where it is large. What evaluation draws
         # at random does not depend on the run's seed.
@@ -309,15 +323,17 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         check_digests=data.shards,
         identify_data=data.identity,
         guard=rule,
+        audit_every_steps=config.guard.audit_every_steps,
+        layout=components.layout(config, mesh),
         batch_size=batch_size,
         accum=config.accum,
         remat=config.remat,
         activation_names=tuple(sorted(activations)),
         microbatches=config.pipeline_microbatches or mesh.shape["stage"],
         total_steps=total_steps,
-        eval_every_steps=duration_steps(config.eval, "every", **units),
-        checkpoint_every_steps=duration_steps(config.checkpoint, "every", **units),
-        log_every_steps=duration_steps(config.log, "every", **units),
+        eval_every_steps=every_steps["eval"],
+        checkpoint_every_steps=every_steps["checkpoint"],
+        log_every_steps=every_steps["log"],
         stuck_after_s=config.stuck_after_s,
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best,

@@ -17,9 +17,9 @@ from jax import lax
 from lsdl.errors import NotFiniteError
 
 SPIKES = ("off", "skip", "rewind")
-# Of the standard deviation of logarithms: what moves by less than 1% is not noise but rounding, and
-# a window of nearly equal losses would call the next one a spike.
-LEAST_STD = 0.01
+# Of the standard deviation of logarithms. A loss that rises by less than 12% (at 6 sigmas) is none:
+# in a window of nearly equal losses any other would be, as would a batch with one odd example.
+LEAST_STD = 0.02
 IN_A_ROW, SPIKED = "skipped_in_a_row", "spiked"  # metrics that the host reads and does not write
 BROKEN = -1  # in place of IN_A_ROW: the update is not finite, though the gradient is
 

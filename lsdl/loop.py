@@ -21,18 +21,23 @@ import jax
 import numpy as np
 
 from lsdl import interruption, prediction, processes
+from lsdl.auditing import Auditor
 from lsdl.checkpoint import Checkpoints, load_weights, merged
+from lsdl.data import skip
 from lsdl.data.dataset import SPLITS
+from lsdl.errors import NotFiniteError
 from lsdl.experiment import Experiment
 from lsdl.guard import IN_A_ROW, SPIKED, Verdicts
 from lsdl.interruption import StopRequest
 from lsdl.metrics import JsonLines, TensorBoard, Writers, fetched, means, read_rows
 from lsdl.processes import is_main, same_on_all
-from lsdl.progress import Progress, end_bars
+from lsdl.progress import Progress, end_bars, tell
 from lsdl.rundir import RunDir, write_json
 from lsdl.state import TrainState
 from lsdl.step import TEACHER, as_weights, variables_of
 from lsdl.watchdog import Watchdog
+
+SKIPS = "skip_batches"  # in a checkpoint's notes, and in the history of config.json
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Outcome:
     wall_s: float = 0.0
     best_step: int | None = None
     trained: bool = True
+    spike: int | None = None  # a step to rewind from
 
 
 def run(experiment: Experiment, folder: RunDir) -> Outcome:
@@ -67,10 +73,17 @@ def _run(experiment: Experiment, folder: RunDir, checkpoints: Checkpoints) -> Ou
         if same_on_all(bool(done)):
             return Outcome(first, results=done, best_step=_best_step(folder), trained=False)
         with interruption.owner() as stop, watch:
-            with watch.phase("restoring"):
-                state = _initial(experiment, checkpoints, first)
-            writers = _writers(folder, experiment, after_step=first)
-            outcome = _train(experiment, state, first, folder, writers, checkpoints, stop, watch)
+            course = _Course(experiment, checkpoints, folder, first)
+            while True:
+                with watch.phase("restoring"):
+                    state = initial(experiment, checkpoints, first)
+                writers = _writers(folder, experiment, after_step=first)
+                outcome = _train(course, state, first, writers, stop, watch)
+                if outcome.spike is None:
+                    break
+                writers.close()
+                with watch.phase("restoring"):
+                    first = course.rewind(outcome.spike)
             if outcome.signal is None:
                 stop.saved()
                 # The last step has evaluated valid already, unless a run before this one took it.
@@ -88,7 +101,7 @@ def _run(experiment: Experiment, folder: RunDir, checkpoints: Checkpoints) -> Ou
             writers.close()
 
 
-def _initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
+def initial(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
     if step:
         return checkpoints.restore(step, experiment.abstract_state)
     state = experiment.init()
@@ -117,7 +130,7 @@ def evaluate_run(experiment: Experiment, folder: RunDir) -> Outcome | None:
         step = checkpoints.latest_step()
         if step is None:
             return None
-        state = _initial(experiment, checkpoints, step)
+        state = initial(experiment, checkpoints, step)
         results = {split: evaluate(experiment, state, split, final=True) for split in SPLITS}
         return Outcome(step, results=results, trained=False)
 
@@ -152,36 +165,92 @@ def evaluate(
     return values | {experiment.task.unit: round(weight)}
 
 
+class _Course:
+    """What a run goes by: its programs, the batches it leaves out, and where it can go back to."""
+
+    def __init__(
+        self, experiment: Experiment, checkpoints: Checkpoints, folder: RunDir, first: int
+    ):
+        self.experiment, self.checkpoints, self.folder = experiment, checkpoints, folder
+        noted = checkpoints.notes(first).get(SKIPS, ()) if first else ()
+        self.skips = skip.joined(experiment.skip_batches, noted)
+        self._compiled: tuple[dict, dict] | None = None
+        self._rewinds: list[int] = []  # where to, without a newer checkpoint since
+
+    def compiled(self, first: int) -> tuple[dict[int, Callable], dict]:
+        """(the programs from `first` on, what is predicted of them), compiled once."""
+        if self._compiled is None:
+            programs = _compiled(self.experiment, first)
+            self._compiled = programs, _predicted(self.experiment, programs, self.folder)
+        return self._compiled
+
+    def save(self, step: int, state: TrainState, *, metrics: dict | None) -> None:
+        notes = {SKIPS: self.skips} if self.skips else None
+        self.checkpoints.save(step, state, metrics=metrics, notes=notes)
+
+    def rewind(self, spike: int) -> int:
+        """Back from the step `spike`: returns the step to go on from.
+
+        The newest checkpoint at least `rewind_steps` before it, or the start of the run. The
+        batches from there to the spike are left out from now on.
+        Source: Chowdhery et al. 2022, section 5.1.
+        """
+        rule = self.experiment.guard
+        wanted = spike - rule.rewind_steps
+        first = self.checkpoints.newest(at_most=wanted) if wanted > 0 else None
+        if first is None and wanted >= self.experiment.checkpoint_every_steps:
+            first = self.checkpoints.newest(at_most=spike - 1)  # an older one is not kept
+        first = first or 0
+        self._rewinds = [step for step in self._rewinds if step == first] + [first]
+        if len(self._rewinds) > rule.limit:
+            raise NotFiniteError(
+                f"A spike at step {spike:,}, for the {len(self._rewinds)}th time after step "
+                f"{first:,}: guard.limit={rule.limit}; lower optim.schedule.peak, or raise "
+                "guard.sigmas, in another --workdir."
+            )
+        pair = skip.place(first, self.skips), skip.place(spike - 1, self.skips) + 1
+        self.checkpoints.drop_after(first)
+        self.skips = skip.joined(self.skips, [pair])
+        if is_main():
+            self.folder.note({"spike": spike, "rewound_to": first, SKIPS: self.skips})
+            tell(
+                f"Step {spike:,} is a spike: back to step {first:,}, and on without the batches "
+                f"{pair[0]:,} to {pair[1] - 1:,}."
+            )
+        return first
+
+
 def _train(
-    experiment: Experiment,
+    course: _Course,
     state: TrainState,
     first: int,
-    folder: RunDir,
     writers: Writers,
-    checkpoints: Checkpoints,
     stop: StopRequest,
     watch: Watchdog,
 ) -> Outcome:
+    experiment, checkpoints = course.experiment, course.checkpoints
     last = experiment.total_steps
     if first >= last:
         return Outcome(first, state=state)
     with watch.phase("compiling"):
-        programs, ramp = _compiled(experiment, first), experiment.ramp
-    predicted = _predicted(experiment, programs, folder)
-    batches = experiment.train_loader().batches(first, last)
+        (programs, predicted), ramp = course.compiled(first), experiment.ramp
+    loader = experiment.train_loader(course.skips)
+    batches = loader.batches(first, last)
+    audit = Auditor(experiment, course.folder.audit, loader, first=first, main=is_main())
     counted = dict(size=ramp.examples_before, unit="example") if len(ramp.phases) > 1 else {}
     progress = Progress(first, last, experiment.name, silent=not is_main(), **counted)
     due = lambda step, every: step % every == 0 or step == last  # noqa: E731
     rows = _Rows(experiment, writers, progress, predicted, first)
     verdicts, step = Verdicts(experiment.guard), first
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), contextlib.closing(audit):
         for step in range(first + 1, last + 1):
             batch = next(batches)
             state, metrics = programs[ramp.phase_at(step - 1).first_step](state, batch)
             stop.began()
             watch.sent(step, metrics["loss"])
             rows.flush()
-            verdicts.sent(step, metrics)
+            audit.sent(step, state, metrics)
+            spike = verdicts.sent(step, metrics)
             if due(step, experiment.log_every_steps):
                 rows.pending = (step, metrics)
             progress.advance()
@@ -195,15 +264,19 @@ def _train(
             stopping = stop.after(step) and step < last
             if stopping or due(step, experiment.checkpoint_every_steps) or checkpoints.check():
                 rows.flush()
+                audit.flush()
                 writers.sync()
-                verdicts.settle()
-                with progress.pause(state), watch.phase("saving"):
-                    checkpoints.save(step, state, metrics=valid)
+                spike = spike or verdicts.settle()
+                if not spike:
+                    with progress.pause(state), watch.phase("saving"):
+                        course.save(step, state, metrics=valid)
+            if spike:
+                return Outcome(step, spike=spike)
             if stopping:
                 break
         jax.block_until_ready(state)
         with watch.phase("saving"):
-            _committed(checkpoints, step, state)
+            _committed(course, step, state)
         rate = (ramp.examples_before(step) - ramp.examples_before(first)) / progress.running_s()
     stopped = stop.signal if step < last else None
     return Outcome(step, signal=stopped, state=state, examples_per_s=rate)
@@ -243,11 +316,11 @@ class _Rows:
         self._progress.show(loss=f"{values['loss']:.4f}")
 
 
-def _committed(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
+def _committed(course: _Course, step: int, state: TrainState) -> None:
     """Wait for the last save; if it fails, there is no next step whose save makes it good."""
-    if checkpoints.check(wait=True):
-        checkpoints.save(step, state, metrics=None)
-        checkpoints.check(wait=True)
+    if course.checkpoints.check(wait=True):
+        course.save(step, state, metrics=None)
+        course.checkpoints.check(wait=True)
 
 
 def _pace(task: Any, examples_seen: int, batch_size: float, step_time_s: float) -> dict:

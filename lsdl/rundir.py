@@ -40,6 +40,7 @@ class RunDir:
         self.env = self.path / "env.json"
         self.plan = self.path / "plan.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.audit = self.path / "audit.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
@@ -292,6 +293,12 @@ class RunDir:
                 "history": stored["history"],
             },
         )
+
+    def note(self, entry: dict) -> None:
+        """Append what has happened to the history in `config.json`."""
+        stored = self.read_config()
+        stored["history"].append({"time": now(), **entry})
+        write_json(self.config, stored)
 
     def read_env(self) -> dict:
         """The stored `env.json`, {} if there is none; `UserError` if it is not one."""

@@ -91,6 +91,8 @@ def _guard() -> ConfigDict:
     guard.window = 128  # accepted steps; half of them are there before the first spike is
     guard.sigmas = 6.0
     guard.rewind_steps = 100
+    # Each so many steps a row in audit.jsonl, which lsdl.audit compares with a replay; 0: none
+    guard.audit_every_steps = 0
     return guard
 
 
@@ -116,6 +118,8 @@ def _data() -> ConfigDict:
     data.valid_examples = placeholder(int)
     data.test_examples = placeholder(int)
     data.sampling = "epoch"  # epoch: a permutation each epoch | replace: independent draws
+    # (first, end) of batches that training leaves out, counted from 0 in the order of the seed
+    data.skip_batches = ()
     data.transforms = ()  # of training examples, in this order: "shift:1", "flip", ...
     data.eval_transforms = ()  # of every other example, as "center_crop:224"
     data.label_noise = 0.0  # share of the training labels that are drawn at random

@@ -566,7 +566,7 @@ def test_json_form_does_not_depend_on_the_reading(resolve):
 
 ALONE = {"mesh", "dcn_mesh", "rules", "param_rules", "partitioner", "remat"}
 ALONE |= {"sequence_attention", "pipeline_microbatches", "data.in_memory_mib", "data.prefetch"}
-ALONE |= {"stuck_after_s", "guard.limit"}
+ALONE |= {"stuck_after_s", "guard.limit", "guard.audit_every_steps"}
 MAY_CHANGE = ("total_", "log.", "eval.", "checkpoint.")
 
 

@@ -39,7 +39,7 @@ LEVELS = [
             "data.synthetic",
         ),
         *("data.captions", "data.stdlib", "data.text", "data.corpus", "data.sources"),
-        *("data.part", "data.transforms", "data.dataset", "data.ramp"),
+        *("data.part", "data.transforms", "data.dataset", "data.ramp", "data.skip"),
         "data.loader",
         *("models.remat", "models.layers", "models.moe", "models.transformer"),
         *("models.mlp", "models.alexnet", "models.inception", "models.resnet"),
@@ -51,7 +51,16 @@ LEVELS = [
         *("optim.solvers", "optim.chain"),
         *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
         *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
-        *("measures", "guard", "tasks", "evaluators", "sampling", "processes", "weights"),
+        *(
+            "measures",
+            "guard",
+            "digests",
+            "tasks",
+            "evaluators",
+            "sampling",
+            "processes",
+            "weights",
+        ),
     ],
     ["saving", "step"],
     ["checkpoint"],
@@ -73,7 +82,7 @@ LEVELS = [
     ["checks", "components", "evaluation", "notes", "experiment", "source"],
     [
         *("remat_choice", "search", "planning"),
-        *("capacity", "prediction", "loop", "checkup", "sweep", "entry"),
+        *("capacity", "prediction", "auditing", "loop", "replay", "checkup", "sweep", "entry"),
         *("runs", "dynamics", "foresight", "reporting", "verdict"),
     ],
     [
@@ -86,7 +95,7 @@ LEVELS = [
         *("studies.one_weird_trick", "studies.batch_choice"),
     ],
     ["laboratory"],
-    ["train", "plan", "convert", "generate", "doctor", "study", "report", "verify"],
+    ["train", "plan", "convert", "generate", "doctor", "study", "report", "verify", "audit"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 ORDER = {module: i for i, module in enumerate(itertools.chain.from_iterable(LEVELS))}

@@ -10,6 +10,7 @@ from lsdl import loop
 from lsdl.experiment import build
 from lsdl.guard import IN_A_ROW, SPIKED
 from lsdl.metrics import read_rows
+from lsdl.rundir import RunDir
 
 
 class Recorded:
@@ -46,7 +47,7 @@ class Checkpoints:
     def __init__(self, log):
         self.log = log
 
-    def save(self, step, state, *, metrics):
+    def save(self, step, state, *, metrics, notes):
         self.log.append(f"save {step} {'after' if metrics else 'without'} eval")
 
     def check(self, *, wait=False):
@@ -68,7 +69,7 @@ class Stop:
 
 
 @pytest.fixture
-def record(load, monkeypatch):
+def record(load, monkeypatch, tmp_path):
     """`record(total, eval_every, save_every, stop)` -> what the loop did, in order."""
 
     def record(*, stop=None, **every):
@@ -80,10 +81,11 @@ def record(load, monkeypatch):
         monkeypatch.setattr(loop.jax, "device_get", lambda tree: jax.tree.map(np.asarray, tree))
         monkeypatch.setattr(loop, "evaluate", lambda *_, **__: log.append("eval") or {"loss": 1.0})
         monkeypatch.setattr(loop, "_predicted", lambda *_: {})  # it looks into a real program
-        state, folder = np.zeros(()), None
+        state, folder = np.zeros(()), RunDir(tmp_path)
         watch = loop.Watchdog(0.0, None)
         writers, checkpoints = loop.Writers([]), Checkpoints(log)
-        loop._train(experiment, state, 0, folder, writers, checkpoints, Stop(stop), watch)
+        course = loop._Course(experiment, checkpoints, folder, 0)
+        loop._train(course, state, 0, writers, Stop(stop), watch)
         return log
 
     return record

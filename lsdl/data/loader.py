@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from lsdl.data.ramp import Ramp
 from lsdl.data.readers import EVALUATION, TRAIN, generator
+from lsdl.data.skip import Skips, place
 from lsdl.data.transforms import Transform
 from lsdl.state import Batch
 
@@ -41,7 +42,7 @@ class Loader:
     Evaluation reads in order, counts every example once, and fills the last batch with rows of
     weight 0.
     A batch has the leaves of `spec`, of which `weight` is made here. `limit`: only the split's
-    first examples.
+    first examples. `skip`: training leaves these batches out, and the next ones move up.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Loader:
         prefetch: int = 2,
         limit: int | None = None,
         ramp: Ramp | None = None,
+        skip: Skips = (),
     ):
         self._reader = reader
         self._spec = {name: leaf for name, leaf in spec.items() if name != "weight"}
@@ -68,6 +70,7 @@ class Loader:
         self._sampling = sampling
         self._transforms = tuple(transforms)
         self._prefetch = prefetch
+        self._skip = skip
         self.num_examples = min(len(reader), limit or len(reader))
         full, rest = divmod(self.num_examples, batch_size)
         self.num_batches = full if train or not rest else full + 1
@@ -124,9 +127,17 @@ class Loader:
         batch["weight"] = valid.astype(np.float32)
         return batch
 
+    def identities(self, step: int) -> np.ndarray:
+        """What decides the examples of the global batch of `step`: int64 (3, batch).
+
+        Record index, and epoch and counter of the random draws: the same on all processes.
+        """
+        located = self._locate(step, np.arange(self.batch_size_at(step)))
+        return np.stack([np.asarray(part, np.int64) for part in located])
+
     def _locate(self, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Each row's record index (-1: padding), and the epoch and counter of its random draws."""
-        examples = self.num_examples
+        examples, step = self.num_examples, place(step, self._skip)
         if not self._train:
             position = step * self._batch_size + rows
             return np.where(position < examples, position, -1), np.zeros_like(rows), position

@@ -28,6 +28,13 @@ def bits(state):
     return {p: [np.asarray(x).tobytes() for x in jax.tree.leaves(getattr(state, p))] for p in PARTS}
 
 
+def final_bits(experiment, workdir, step):
+    """The bytes of a checkpoint."""
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        state = checkpoints.restore(step, experiment.abstract_state)
+    return bits(state)
+
+
 def walk(config, steps, devices=1):
     """The first state and those after each of `steps` steps, as bytes; and the steps' metrics."""
     experiment = build(config, devices=jax.devices()[:devices])
