@@ -119,6 +119,8 @@ def test_a_reader_moves_nothing(run, capfd):
     before = tree(run.path)
     assert restored(run) == (4, True)
     assert "step 6" in capfd.readouterr().err
+    with Checkpoints(run.checkpoints) as checkpoints, pytest.raises(StorageError, match="sha256"):
+        checkpoints.restore(6, ABSTRACT)  # also if nobody has chosen
     weights = {"params": ABSTRACT["params"], "model_state": {}}
     loaded = load_weights(run.checkpoints, weights)
     np.testing.assert_array_equal(loaded["params"]["kernel"], state_of(4)["params"]["kernel"])
