@@ -141,12 +141,17 @@ class Checkpoints:
 
         Raises `StorageError` if the step does not verify.
         """
-        self._saver.wait()
-        processes.together(lambda: self._require(step), main_alone=True)
+        self.verified(step)
         _check_same(self.path / str(step))
         args = ocp.args.StandardRestore(abstract)
         with _reading(self.path / str(step)) as arrays:
             return self._writer.restore(arrays, args=args)
+
+    def verified(self, step: int) -> int:
+        """`step`; raises `StorageError` if it does not verify."""
+        self._saver.wait()
+        processes.together(lambda: self._require(step), main_alone=True)
+        return step
 
     def notes(self, step: int) -> dict:
         """What `save` was given with `step`."""
@@ -219,16 +224,19 @@ def save_weights(folder: Path, weights: dict[str, Any]) -> None:
         checkpoints.save(0, weights, metrics=None)
 
 
-def load_weights(folder: Path, abstract: dict[str, Any], *, fresh: str = "") -> dict[str, Any]:
-    """The {"params", "model_state"} of the newest checkpoint, shaped and sharded as `abstract`.
+def load_weights(
+    folder: Path, abstract: dict[str, Any], *, fresh: str = "", step: int | None = None
+) -> dict[str, Any]:
+    """The {"params", "model_state"} of a checkpoint, shaped and sharded as `abstract`.
 
+    That of `step`, or the newest that verifies.
     Leaves whose whole name, such as `head/kernel`, `fresh` matches are left out; what else the
     checkpoint holds is not read. Raises `UserError` for a folder without a checkpoint, and for
     leaves that are missing from it or have another shape; `StorageError` if none verifies.
     """
     abstract = _without(abstract, fresh)
     with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest_step()
+        step = checkpoints.latest_step() if step is None else checkpoints.verified(step)
     _check_fit(folder, step, abstract)
     _check_same(Path(folder) / str(step))
     args = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -365,21 +365,28 @@ def opened(path: str, overrides: Mapping[str, Any], *, devices: int = 1) -> Expe
     return build(load(path, given)[0], devices=jax.devices()[:devices])
 
 
-def reopen(fields: dict) -> Experiment:
-    """The experiment of a run folder's stored fields, on one device, for the use of its model."""
-    return build(from_json(fields | ALONE), devices=jax.devices()[:1])
+def reopen(fields: dict, *, mesh: str = "") -> Experiment:
+    """The experiment of a run folder's stored fields, for the use of its model.
+
+    On one device, or with a `mesh` on all there are.
+    """
+    layout = {"mesh": mesh} if mesh else {}
+    devices = jax.devices() if mesh else jax.devices()[:1]
+    return build(from_json(fields | ALONE | layout), devices=devices)
 
 
-def stored_weights(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """The newest checkpoint's {"params", "model_state"}, as evaluation reads them.
+def stored_weights(
+    experiment: Experiment, folder: Path, *, step: int | None = None
+) -> dict[str, Any]:
+    """A checkpoint's {"params", "model_state"}, as evaluation reads them; the newest, or `step`'s.
 
     These are the averages of the parameters where the run's optimiser kept them.
     """
     state = experiment.abstract_state
     if not (averages(state.opt_state) and holds(folder, "opt_state")):
-        return load_weights(folder, steps.as_weights(steps.variables_of(state)))
+        return load_weights(folder, steps.as_weights(steps.variables_of(state)), step=step)
     with Checkpoints(folder) as checkpoints:
-        state = checkpoints.restore(checkpoints.latest_step(), state)
+        state = checkpoints.restore(checkpoints.latest_step() if step is None else step, state)
         return steps.as_weights(steps.evaluated(state))
 
 

@@ -84,6 +84,7 @@ LEVELS = [
         *("remat_choice", "search", "planning"),
         *("capacity", "prediction", "auditing", "loop", "replay", "checkup", "sweep", "entry"),
         *("runs", "dynamics", "foresight", "reporting", "verdict"),
+        *("specimen", "findings", "surveying"),
     ],
     [
         *("studies.claim", "studies.digits"),
@@ -95,7 +96,10 @@ LEVELS = [
         *("studies.one_weird_trick", "studies.batch_choice"),
     ],
     ["laboratory"],
-    ["train", "plan", "convert", "generate", "doctor", "study", "report", "verify", "audit"],
+    [
+        *("train", "plan", "convert", "generate", "doctor", "study", "report", "verify", "audit"),
+        "analyze",
+    ],
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 ORDER = {module: i for i, module in enumerate(itertools.chain.from_iterable(LEVELS))}
