@@ -79,7 +79,7 @@ def test_the_first_loss_is_half_the_teachers(load, teacher, tmp_path):
     config = load("digits_vit:smoke", *STUDENT, f"teacher={teacher}", "model.dropout=0.0")
     experiment = build(config, devices=jax.devices()[:1])
     checkpoints = Checkpoints(tmp_path / "none")
-    state = loop._initial(experiment, checkpoints, 0)
+    state = loop.initial(experiment, checkpoints, 0)
     checkpoints.close()
     batch = experiment.train_loader().batch(0)
     (x,) = experiment.task.inputs(batch)
