@@ -2,10 +2,10 @@
 
 from lsdl import auditing
 from lsdl.checkpoint import Checkpoints
+from lsdl.course import SKIPS, initial
 from lsdl.data import skip
 from lsdl.errors import StuckError, UserError
 from lsdl.experiment import Experiment
-from lsdl.loop import SKIPS, initial
 from lsdl.rundir import RunDir
 
 

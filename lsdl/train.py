@@ -50,7 +50,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = configs.load(arguments.config, overrides)
     folder = RunDir(arguments.workdir or f"runs/{config.name}")
     arguments.eval_only or folder.check_usable()
-    from lsdl import capacity, loop, processes, remat_choice
+    from lsdl import capacity, loop, processes, remat_choice, summary
     from lsdl.experiment import build
     from lsdl.rundir import program
     from lsdl.source import Source
@@ -70,7 +70,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         outcome = loop.evaluate_run(experiment, folder) if folder.checkpoints.exists() else None
         if outcome is None:
             raise UserError(f"{folder.path} holds no checkpoint to evaluate: train first.")
-        say(loop.table(outcome, experiment))
+        say(summary.table(outcome, experiment))
         return FINISHED
     processes.together(lambda: capacity.check(experiment))
     changes = processes.together(
@@ -86,7 +86,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     )
     for field, (old, new) in (changes or {}).items():
         say(f"resuming with {field}: {old} -> {new}")
-    say(loop.heading(experiment))
+    say(summary.heading(experiment))
     try:
         outcome = loop.run(experiment, folder)
     finally:
@@ -97,7 +97,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not outcome.trained:
         say(f"The run in {folder.path} is complete.")
     if outcome.results:
-        say(loop.table(outcome, experiment))
+        say(summary.table(outcome, experiment))
     say(f"written: {folder.metrics}\n         {folder.checkpoints}\n         {folder.tensorboard}")
     return FINISHED
 

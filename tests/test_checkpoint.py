@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lsdl import loop
+from lsdl import course
 from lsdl.checkpoint import Checkpoints, check_weights, load_weights, save_weights
 from lsdl.errors import BAD_INPUT, UserError
 from lsdl.experiment import build
@@ -112,7 +112,7 @@ def test_a_run_starts_from_the_parameters_of_another(load, train, finished, tmp_
     checkpoints.close()
     after = build(load("digits_mlp:smoke", *MLP, *own))
     checkpoints = Checkpoints(tmp_path / "none")
-    start = loop.initial(after, checkpoints, 0)
+    start = course.initial(after, checkpoints, 0)
     checkpoints.close()
     same(start.params, stored.params)
     assert start.step == 0
@@ -134,7 +134,7 @@ def test_averages_start_from_the_parameters_of_the_other_run(load, finished, tmp
     own = (*(f"optim.{field}" for field in optimiser), f"init_from={finished}", "mesh=fsdp=8")
     experiment = build(load("digits_mlp:smoke", *MLP, *own))
     checkpoints = Checkpoints(tmp_path / "none")
-    start = loop.initial(experiment, checkpoints, 0)
+    start = course.initial(experiment, checkpoints, 0)
     checkpoints.close()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
@@ -152,7 +152,7 @@ def test_running_statistics_are_weights_too(load, tmp_path):
     save_weights(tmp_path / "other" / "checkpoints", weights)
     experiment = build(load("digits_resnet:smoke", *RESNET, f"init_from={tmp_path / 'other'}"))
     checkpoints = Checkpoints(tmp_path / "none")
-    start = loop.initial(experiment, checkpoints, 0)
+    start = course.initial(experiment, checkpoints, 0)
     checkpoints.close()
     same(start.model_state, weights["model_state"])
     same(start.params, weights["params"])
@@ -163,7 +163,7 @@ def started(load, tmp_path, *fields):
     fields = (*RESNET, f"init_from={tmp_path / 'other'}", *fields)
     experiment = build(load("digits_resnet:smoke", *fields))
     checkpoints = Checkpoints(tmp_path / "none")
-    state = loop.initial(experiment, checkpoints, 0)
+    state = course.initial(experiment, checkpoints, 0)
     checkpoints.close()
     return state, experiment.init()
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lsdl import loop
+from lsdl import course, loop
 from lsdl.experiment import build
 from lsdl.guard import IN_A_ROW, SPIKED
 from lsdl.metrics import read_rows
@@ -80,12 +80,12 @@ def record(load, monkeypatch, tmp_path):
         experiment = dataclasses.replace(experiment, phases=(phase,), log_every_steps=1, **fields)
         monkeypatch.setattr(loop.jax, "device_get", lambda tree: jax.tree.map(np.asarray, tree))
         monkeypatch.setattr(loop, "evaluate", lambda *_, **__: log.append("eval") or {"loss": 1.0})
-        monkeypatch.setattr(loop, "_predicted", lambda *_: {})  # it looks into a real program
+        monkeypatch.setattr(course.prediction, "make", lambda *_: {})  # of a real program
         state, folder = np.zeros(()), RunDir(tmp_path)
         watch = loop.Watchdog(0.0, None)
         writers, checkpoints = loop.Writers([]), Checkpoints(log)
-        course = loop._Course(experiment, checkpoints, folder, 0)
-        loop._train(course, state, 0, writers, Stop(stop), watch)
+        journey = course.Course(experiment, checkpoints, folder, 0)
+        loop._train(journey, state, 0, writers, Stop(stop), watch)
         return log
 
     return record

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsdl import loop
+from lsdl import loop, summary
 from lsdl.checkpoint import Checkpoints
 from lsdl.config import compare
 from lsdl.data.loader import Loader
@@ -240,7 +240,7 @@ def test_the_phases_of_a_run(experiment):
     notes = [note for note in experiment.notes if "->" in note]
     assert notes[0].startswith("batch 96 -> 192 from step 8 of 13 on (accum 1 -> 2), after 672")
     assert notes[1].startswith("batch 192 -> 384 from step 11 of 13 on (accum 2 -> 4)")
-    assert "note: batch 96 -> 192 from step 8" in loop.heading(experiment)
+    assert "note: batch 96 -> 192 from step 8" in summary.heading(experiment)
     assert experiment.eval_loader("valid").batch(0)["label"].shape == (96,)
 
 
