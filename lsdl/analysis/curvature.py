@@ -89,21 +89,21 @@ def mean(
     `program` compiles, as `jax.jit` does; `tick` is called after each batch.
     """
 
-    def add(params, batch, vector, total, total_weight):
+    def add(params, batch, vector, total):
         image, weight = product(params, batch, vector)
-        return map_(jnp.add, total, image), total_weight + weight
+        return map_(jnp.add, total, image), weight
 
     shardings = map_(lambda x: x.sharding, params)
-    step = program(add, donate_argnums=(3, 4), out_shardings=(shardings, None))
-    divide = program(lambda total, weight: map_(lambda x: x / weight, total), donate_argnums=0)
+    step = program(add, donate_argnums=3, out_shardings=(shardings, None))
 
     def whole(vector):
-        total, weight = zeros_like(vector), 0.0
+        total, whole_weight = zeros_like(vector), 0.0
         for batch in batches:
             # Virtual devices of one CPU starve with several programs in flight.
-            total, weight = jax.block_until_ready(step(params, batch, vector, total, weight))
+            total, weight = jax.block_until_ready(step(params, batch, vector, total))
+            whole_weight += float(weight)
             tick()
-        return divide(total, weight)
+        return scaled(total, 1 / whole_weight)
 
     return whole
 

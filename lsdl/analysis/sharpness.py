@@ -53,19 +53,20 @@ def value_and_grad(
 ) -> Callable[[Any], tuple[float, Any]]:
     """`params -> (the mean loss over all batches, its gradient)`."""
 
-    def add(params, batch, total, gradient):
+    def add(params, batch, gradient):
         of_batch = jax.value_and_grad(lambda params: loss(params, batch), has_aux=True)
-        (value, weight), slope = of_batch(params)
-        return (total[0] + value, total[1] + weight), map_(jnp.add, gradient, slope)
+        found, slope = of_batch(params)
+        return found, map_(jnp.add, gradient, slope)
 
     shardings = map_(lambda x: x.sharding, params)
-    step = program(add, donate_argnums=3, out_shardings=(None, shardings))
+    step = program(add, donate_argnums=2, out_shardings=(None, shardings))
 
     def whole(params):
-        total, gradient = (0.0, 0.0), zeros_like(params)
+        total, gradient = np.zeros(2), zeros_like(params)
         for batch in batches:
             # Virtual devices of one CPU starve with several programs in flight.
-            total, gradient = jax.block_until_ready(step(params, batch, total, gradient))
+            found, gradient = jax.block_until_ready(step(params, batch, gradient))
+            total += np.array([float(x) for x in found])
             tick()
         value, weight = map(float, total)
         return value / weight, scaled(gradient, 1 / weight)
