@@ -3,21 +3,22 @@
 import argparse
 import sys
 
-from lsdl.errors import FINISHED, UserError, refuse
+from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
-EPILOG = """example:
+EXAMPLES = """example:
   python -m lsdl.audit runs/a --steps 1000:2000
 
 The run must have been trained with guard.audit_every_steps, and the replay needs the devices and
 the versions that it had. Nothing is written.
-exit codes: 0 the same bits, 2 bad input, 71 other bits, or audit.jsonl was changed"""
+exit codes: 0 the same bits, 2 bad input, 65 and 66 the data, 71 other bits, or audit.jsonl was
+changed, 74 no checkpoint verifies, 130 after Ctrl-C"""
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lsdl.audit",
         description="Replay audited steps of a run, and compare them bit for bit.",
-        epilog=EPILOG,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return audit(arguments)
     except UserError as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def audit(arguments: argparse.Namespace) -> int:
