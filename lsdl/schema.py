@@ -82,7 +82,7 @@ def _loss() -> ConfigDict:
 
 def _guard() -> ConfigDict:
     guard = ConfigDict()
-    # A step whose loss, gradient, update or parameters are not finite changes nothing.
+    # A step whose loss, gradient or model state is not finite changes nothing.
     guard.limit = 5  # more such steps in a row end the run
     # And one whose loss or gradient norm lies above mean + sigmas x std of those of the window's
     # accepted steps (of their logarithms): off | skip, it changes nothing either | rewind, to the
