@@ -242,7 +242,8 @@ SHORT = ("batch_size=32", "data.seq_len=512", "model.max_length=512")
 
 
 def test_bytes_of_a_device_are_those_compiled(load):
-    check_bytes(load, "gpt3:125m", "tp_sp", "full", *SHORT)
+    # At its own length: with 512 tokens gradients are a fifth, and lie where activations were.
+    check_bytes(load, "gpt3:125m", "tp_sp", "full", "batch_size=16")
 
 
 @pytest.mark.slow

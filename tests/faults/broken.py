@@ -38,8 +38,8 @@ def greedy():
 def skipping():
     train = loop._train
 
-    def late(experiment, state, first, *others):
-        return train(experiment, state, first + bool(first), *others)
+    def late(course, state, first, *others):
+        return train(course, state, first + bool(first), *others)
 
     loop._train = late
 

@@ -80,11 +80,11 @@ def behind(owner, name, phase, at):
 
 
 def wrapped(arguments, overrides):
-    from lsdl import checkpoint, loop, processes, watchdog
+    from lsdl import checkpoint, course, loop, processes, watchdog
 
     before(processes, "initialise", "meeting")
-    before(loop, "_initial", "restoring")
-    before(loop, "_compiled", "compiling")
+    before(loop, "initial", "restoring")
+    before(course, "_compiled", "compiling")
     behind(watchdog.Watchdog, "sent", "stepping", at=lambda watch, step, result: step)
     before(loop, "evaluate", "evaluating")
     behind(checkpoint.Checkpoints, "save", "saving", at=lambda self, step, *_: step)
