@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from lsdl.files import sync_folder
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 MOST_BYTES = 4 << 20  # of a manifest: some 28,000 files; what a stranger's may cost to read
@@ -78,21 +80,12 @@ def commit(folder: Path, manifest: Manifest, *, fence: Callable[[], None]) -> No
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    sync(folder)
+    sync_folder(folder)
     fence()
     os.rename(folder, final)
-    sync(root)
+    sync_folder(root)
     if (final / MANIFEST).read_text() != text:
         raise OSError(errno.EIO, "the manifest reads otherwise than it was written", str(final))
-
-
-def sync(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def numbers(metrics: Mapping | None) -> dict[str, float]:
@@ -108,7 +101,7 @@ def _settled(folder: Path) -> dict[str, tuple[int, str]]:
         files = dict(zip(names, pool.map(digest, names), strict=True))
     for inner, _, _ in os.walk(folder, topdown=False):
         if Path(inner) != folder:  # that comes after the manifest
-            sync(Path(inner))
+            sync_folder(Path(inner))
     return files
 
 
@@ -321,7 +314,7 @@ def reject(root: Path, step: int) -> Path:
     """Take a step that does not verify out of the way; returns where it lies now."""
     place = root / f"{REJECTED}{step}-{secrets.token_hex(4)}"
     os.rename(root / str(step), place)
-    sync(root)
+    sync_folder(root)
     return place
 
 

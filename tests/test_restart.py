@@ -9,6 +9,7 @@ from lsdl.errors import FINISHED
 from lsdl.experiment import build
 from lsdl.metrics import read_rows
 from tests.curves import NAMES, curve
+from tests.faults.moved import numbers
 from tests.zoo import small
 
 HAND = "partitioner=shard_map"
@@ -45,18 +46,6 @@ def built():
     return built
 
 
-def noise(abstract):
-    """A state whose numbers are all different, on the host."""
-    draw = np.random.default_rng(5)
-
-    def make(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.key(5)
-        return np.asarray(draw.integers(1, 2**30, leaf.shape)).astype(leaf.dtype)
-
-    return jax.tree.map(make, abstract)
-
-
 def bits(leaf):
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -75,7 +64,7 @@ PAIRS = [
 @pytest.mark.parametrize(("model", "saved"), PAIRS)
 def test_every_layout_restores_the_bits_of_any_other(load, built, tmp_path, model, saved):
     experiment = built(load, model, saved)
-    state = noise(experiment.abstract_state)
+    state = numbers(experiment.abstract_state)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, jax.device_put(state, experiment.shardings), metrics=None)
     for layout in MODELS[model]:
