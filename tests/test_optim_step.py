@@ -40,7 +40,7 @@ def of(load, base, name, *more):
 def assert_layout_is_silent(load, base, name, layout, *more, rtol=1e-5):
     expected, _ = curve(of(load, base, name, *more), devices=1, steps=3)
     actual, state = curve(of(load, base, name, *more, *layout), steps=3)
-    if name == "sign_sgd":  # a gradient that cancels has sign 0 in one order of summing, 1 in another
+    if name == "sign_sgd":  # a gradient that cancels is 0 in one order, and has a sign in another
         entries = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
         assert_equal_curves(actual, expected, ("update_norm",), rtol=CANCELLED / (2 * entries))
         assert_equal_curves(actual, expected, ("loss", "grad_norm", "param_norm"), rtol=rtol)
