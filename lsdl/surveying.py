@@ -1,24 +1,40 @@
 """A run's analysis from the command line to the files that it leaves: what `lsdl.analyze` does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lsdl import page
 from lsdl.errors import UserError
 from lsdl.files import check_regular, write_json, write_text
-from lsdl.findings import DIRECTIONS, KINDS, Findings
+from lsdl.findings import curvature, surface
+from lsdl.findings.found import Findings
+from lsdl.findings.surface import DIRECTIONS
 from lsdl.specimen import MATRICES, Specimen, opened
 
-# Of each kind, unless it is told: products are dear, and points take all of a split.
-EXAMPLES = {"hessian": 512, "sharpness": 512, "line": 0, "plane": 0, "interpolate": 0}
+
+class Kind(NamedTuple):
+    """One kind of analysis."""
+
+    measure: Callable[[Specimen, Any], Findings]
+    examples: int  # unless it is told; 0: all that evaluation takes
+
+
+# Products are dear, and points take all of a split.
+KINDS = {
+    "hessian": Kind(curvature.hessian, 512),
+    "sharpness": Kind(curvature.sharp, 512),
+    "line": Kind(surface.line, 0),
+    "plane": Kind(surface.plane, 0),
+    "interpolate": Kind(surface.interpolate, 0),
+}
 
 
 def run(arguments: Any) -> str:
     """Measure what the command line asks for and write it; returns what to print."""
     kind = arguments.kind
     _check(arguments)
-    examples = EXAMPLES[kind] if arguments.examples is None else arguments.examples
+    examples = KINDS[kind].examples if arguments.examples is None else arguments.examples
     specimen = opened(
         arguments.run,
         step=arguments.step,
@@ -29,7 +45,7 @@ def run(arguments: Any) -> str:
     if arguments.around_start:
         specimen = specimen.before_training()
     folder = _folder(arguments)
-    return _written(KINDS[kind](specimen, arguments), kind, specimen, folder)
+    return _written(KINDS[kind].measure(specimen, arguments), kind, specimen, folder)
 
 
 def _folder(arguments: Any) -> Path:

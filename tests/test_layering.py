@@ -95,7 +95,8 @@ LEVELS = [
             "entry",
         ),
         *("runs", "dynamics", "foresight", "reporting", "verdict"),
-        *("specimen", "findings", "surveying"),
+        *("specimen", "findings.found", "findings.curvature", "findings.surface"),
+        "surveying",
     ],
     [
         *("studies.claim", "studies.digits"),
