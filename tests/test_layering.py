@@ -106,6 +106,8 @@ LEVELS = [
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
         *("studies.backprop_variants", "studies.vectorisation"),
         *("studies.one_weird_trick", "studies.batch_choice"),
+        *("studies.saddle_escape", "studies.mpo_icons", "studies.bias_variance"),
+        *("studies.other_optimisers", "studies.initialisation", "studies.local_connectivity"),
     ],
     ["laboratory"],
     [
