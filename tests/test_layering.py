@@ -77,7 +77,7 @@ LEVELS = [
         *("analysis.noise", "analysis.curvature", "analysis.landscape", "analysis.sharpness"),
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
-        "analysis.clock",
+        *("analysis.clock", "analysis.volume"),
     ],
     ["checks", "components", "evaluation", "notes", "experiment", "source"],
     [
@@ -108,6 +108,8 @@ LEVELS = [
         *("studies.one_weird_trick", "studies.batch_choice"),
         *("studies.saddle_escape", "studies.mpo_icons", "studies.bias_variance"),
         *("studies.other_optimisers", "studies.initialisation", "studies.local_connectivity"),
+        *("studies.minefield", "studies.flat_sharp", "studies.random_labels"),
+        *("studies.sam", "studies.mixup"),
     ],
     ["laboratory"],
     [
