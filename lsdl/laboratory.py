@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from lsdl import rundir, verdict
 from lsdl.errors import UserError, nearest
-from lsdl.studies.claim import Cell, Claim
+from lsdl.studies.claim import Cell, Claim, Expected
 
 studies = importlib.import_module("lsdl.studies")  # the folder of all of them
 SEEDS = 3
@@ -73,6 +73,12 @@ def find(name: str) -> ModuleType:
 
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{studies.__name__}.{name}")
+
+
+def bounds(name: str) -> dict[str, Expected]:
+    """What is expected of the study's claims, those of its slow cells last."""
+    study = _module(name)
+    return {**study.EXPECTED, **getattr(study, "SLOW", {})}
 
 
 def complete() -> list[str]:

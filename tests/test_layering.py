@@ -102,6 +102,7 @@ LEVELS = [
         *("studies.claim", "studies.digits"),
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
         *("studies.lars_norms", "studies.large_batch", "studies.batch_ramp"),
+        *("studies.grokking", "studies.double_descent", "studies.skips", "studies.dropout_lines"),
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
         *("studies.backprop_variants", "studies.vectorisation"),
@@ -135,6 +136,7 @@ DOORS = {
     | {m for m in LEVEL if m.startswith("optim.")}
     | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
     | {"studies.gradient_noise", "studies.stale_gradients", "studies.staleness"}
+    | {"studies.grokking", "studies.double_descent", "studies.skips", "studies.dropout_lines"}
     | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
     | {"studies.adam_minimum", "studies.explr", "studies.batch_choice"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}

@@ -266,7 +266,7 @@ def test_a_spoilt_cell_file_is_told(toy, study, tmp_path):
 def test_the_bounds_are_the_committed_ones(request):
     """What is expected of the lectures' claims is changed on purpose or not at all."""
     found = {
-        name: {id: {**_bound(e)} for id, e in laboratory._module(name).EXPECTED.items()}
+        name: {id: {**_bound(e)} for id, e in laboratory.bounds(name).items()}
         for name in laboratory.names()
     }
     if request.config.getoption("--rewrite-golden"):
