@@ -103,10 +103,12 @@ LEVELS = [
         *("studies.gradient_noise", "studies.stale_gradients", "studies.staleness"),
         *("studies.lars_norms", "studies.large_batch", "studies.batch_ramp"),
         *("studies.grokking", "studies.double_descent", "studies.skips", "studies.dropout_lines"),
+        *("studies.normalisation", "studies.spurious", "studies.transfer"),
+        *("studies.clip_zero_shot", "studies.byte_lm", "studies.fashion_mnist"),
         *("studies.conditioning", "studies.whitening", "studies.lr_regimes"),
         *("studies.sgd_conditions", "studies.adam_minimum", "studies.explr"),
         *("studies.backprop_variants", "studies.vectorisation"),
-        *("studies.one_weird_trick", "studies.batch_choice"),
+        *("studies.one_weird_trick", "studies.batch_choice", "studies.model_parallel"),
         *("studies.saddle_escape", "studies.mpo_icons", "studies.bias_variance"),
         *("studies.other_optimisers", "studies.initialisation", "studies.local_connectivity"),
         *("studies.minefield", "studies.flat_sharp", "studies.random_labels"),
@@ -133,6 +135,7 @@ DOORS = {
     "tensorboardX": {"metrics"},
     "safetensors": {"weights"},
     "optax": {"step", "tasks", "components", "experiment"}
+    | {"studies.normalisation", "studies.spurious", "studies.transfer", "studies.clip_zero_shot"}
     | {m for m in LEVEL if m.startswith("optim.")}
     | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
     | {"studies.gradient_noise", "studies.stale_gradients", "studies.staleness"}
