@@ -25,8 +25,9 @@ def replay(experiment: Experiment, folder: RunDir, *, first: int, last: int) -> 
     for row in rows:
         if row["layout"] != experiment.layout:
             raise UserError(
-                f"Step {row['step']:,} was trained on another mesh, with other devices or versions "
-                "than these (see config.json's history, env.json): its bits are not to be had here."
+                f"Step {row['step']:,} was trained on another mesh, with other processes, devices "
+                "or versions than these (see config.json's history, env.json): its bits are not to "
+                "be had here."
             )
     with Checkpoints(folder.checkpoints) as checkpoints:
         newest = checkpoints.latest_step()

@@ -3,7 +3,7 @@
 The environment's FAULT is JSON: {"phase", "process", "action", "marks", "at"}. Every process that
 comes to a phase leaves the file MARKS/PHASE-PROCESS; the one named does what it is told there. The
 same process has further "flags", another "token", other "code" or "data" and a "clock" that is so
-many seconds ahead, where these are given.
+many seconds ahead, where these are given. All processes see the batch "spoilt" as a spike.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def behind(owner, name, phase, at):
 
 
 def wrapped(arguments, overrides):
-    from lsdl import checkpoint, course, loop, processes, watchdog
+    from lsdl import checkpoint, commits, course, loop, processes, watchdog
 
     before(processes, "initialise", "meeting")
     before(loop, "initial", "restoring")
@@ -88,7 +88,15 @@ def wrapped(arguments, overrides):
     behind(watchdog.Watchdog, "sent", "stepping", at=lambda watch, step, result: step)
     before(loop, "evaluate", "evaluating")
     behind(checkpoint.Checkpoints, "save", "saving", at=lambda self, step, *_: step)
+    before(commits, "commit", "committing", at=lambda folder, manifest: manifest.step)
+    behind(commits, "commit", "committed", at=lambda folder, manifest: manifest.step)
     before(loop, "_final", "ending")
+    if "spoilt" in FAULT:
+        import pytest
+
+        from tests.faults import poison
+
+        poison.batch(pytest.MonkeyPatch(), FAULT["spoilt"])
     return train.train(arguments, overrides)
 
 

@@ -1,9 +1,12 @@
-"""Faults of numbers, put into a step from outside: the gradients' half or the state is wrapped."""
+"""Faults of numbers, put into a run from outside: what gives them is wrapped."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lsdl import step as steps
+from lsdl.data import skip
+from lsdl.data.loader import Loader
 
 GRADIENTS = {"nan": jnp.nan, "inf": jnp.inf, "minus inf": -jnp.inf, "x1e6": 1e6}
 
@@ -59,3 +62,18 @@ def bit(monkeypatch, number, at):
         return wrapped
 
     monkeypatch.setattr(steps, "make_update", make_update)
+
+
+def batch(monkeypatch, number):
+    """Training's batch `number` has wrong labels and a thousand times its weight: a spike."""
+    inner = Loader.rows
+
+    def rows(self, step, rows):
+        found = inner(self, step, rows)
+        if self._train and skip.place(step, self._skip) == number:
+            found["label"] = (found["label"] + 5) % 10
+            found["weight"] = found["weight"] * np.float32(1e3)
+            found["image"] = 255 - found["image"]
+        return found
+
+    monkeypatch.setattr(Loader, "rows", rows)

@@ -108,7 +108,7 @@ def rows(workdir):
 def test_a_rewound_run_is_the_one_that_was_given_the_list(train, load, monkeypatch, tmp_path):
     """The batch of step 11, whose labels are spoilt, is left out with those since step 8."""
     flags = [f"--config.{field}" for field in REWIND]
-    _spoil(monkeypatch, batch=10)
+    poison.batch(monkeypatch, 10)
     code, _, error = train("digits_mlp:smoke", *flags, f"--workdir={tmp_path / 'rewound'}")
     assert code == 0, error
     assert "Step 11 is a spike: back to step 8, and on without the batches 8 to 10." in error
@@ -124,24 +124,6 @@ def test_a_rewound_run_is_the_one_that_was_given_the_list(train, load, monkeypat
     assert final_bits(experiment, tmp_path / "rewound", 16) == final_bits(
         experiment, tmp_path / "given", 16
     )
-
-
-def _spoil(monkeypatch, *, batch):
-    """The rows of this batch are multiplied: its loss is far above the others'."""
-    from lsdl.data import skip
-    from lsdl.data.loader import Loader
-
-    real = Loader.rows
-
-    def spoilt(self, step, rows):
-        found = real(self, step, rows)
-        if self._train and skip.place(step, self._skip) == batch:
-            found["label"] = (found["label"] + 5) % 10
-            found["weight"] = found["weight"] * np.float32(1e3)
-            found["image"] = 255 - found["image"]
-        return found
-
-    monkeypatch.setattr(Loader, "rows", spoilt)
 
 
 @pytest.mark.faults
