@@ -1,4 +1,4 @@
-"""From a config to a program; allocates nothing. With `components` the only reader of fields.
+"""From a config to a program; allocates nothing. `components` and `recipe` read fields as well.
 
 `train`, and later `plan` and `analyze`, see the same frozen `Experiment`.
 """
@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from lsdl import checks, components, evaluation, measures, notes
+from lsdl import checks, components, evaluation, measures, notes, recipe
 from lsdl import step as steps
 from lsdl.checkpoint import Checkpoints, check_weights, holds, load_weights, with_shardings
 from lsdl.config import duration_steps, from_json, load
@@ -160,7 +160,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         tokens_per_example=task.units_per_example if task.unit == "tokens" else 0,
     )
     units["total_steps"] = duration_steps(config, "total", **units)
-    ramp = components.make_ramp(config, examples=counts["train"], units=units)
+    ramp = recipe.make_ramp(config, examples=counts["train"], units=units)
     total_steps = ramp.total_steps
     if total_steps >= 2**31:
         raise UserError(f"The run would have {total_steps} steps: 2^31 is where their count ends.")
@@ -173,16 +173,16 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
     checks.check_divides(config, mesh, data)
     module = components.make_module(config, data, mesh=mesh)
     teacher = components.make_teacher(config, data)
-    schedule, conditions = components.make_schedule(config, units=units)
-    make_tx = functools.partial(components.make_optimizer, config, units=units, mesh=mesh)
+    schedule, conditions = recipe.make_schedule(config, units=units)
+    make_tx = functools.partial(recipe.make_optimizer, config, units=units, mesh=mesh)
     tx = make_tx(schedule)
 
-    skip_batches, rule = components.make_skips(config), components.make_guard(config, mesh)
+    skip_batches, rule = recipe.make_skips(config), recipe.make_guard(config, mesh)
     every_steps = {
         group: duration_steps(config[group], "every", **units)
         for group in ("eval", "checkpoint", "log")
     }
-    components.check_rewind(config, every_steps=every_steps["checkpoint"])
+    recipe.check_rewind(config, every_steps=every_steps["checkpoint"])
     initial = dict(batch_size=batch_size, rule=rule, teacher=teacher)
     make_init = steps.make_init(module, task, tx, **initial)
     with remat.recording() as activations:
@@ -273,7 +273,7 @@ def build(config: ConfigDict, *, devices: Sequence[jax.Device] | int | None = No
         placements=placements,
         rules=table,
         lint=tuple(inspect.lint(placements, table, own, mesh=mesh)),
-        parameter_groups=components.parameter_groups(config, abstract_state.params),
+        parameter_groups=recipe.parameter_groups(config, abstract_state.params),
         num_parameters=_num_parameters(placements, module),
         init=init,
         init_from=init_from,

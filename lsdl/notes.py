@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from lsdl import components
+from lsdl import recipe
 from lsdl import step as steps
 from lsdl.data.ramp import Ramp
 from lsdl.sharding.placement import Placement
@@ -19,7 +19,7 @@ def of_run(
     schedule = config.optim.schedule
     if schedule.scaling != "none":
         notes.append(
-            f"The peak rate is {components.scaled_peak(config):.6g}: {schedule.peak:g} scaled "
+            f"The peak rate is {recipe.scaled_peak(config):.6g}: {schedule.peak:g} scaled "
             f"({schedule.scaling}) from a batch of {schedule.base_batch} to {config.batch_size}."
         )
     if model_state.keys() - {steps.TEACHER} and (config.accum > 1 or config.batch_ramp):

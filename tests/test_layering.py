@@ -79,7 +79,7 @@ LEVELS = [
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
         *("analysis.clock", "analysis.volume"),
     ],
-    ["checks", "components", "evaluation", "notes", "experiment", "source"],
+    ["checks", "components", "recipe", "evaluation", "notes", "experiment", "source"],
     [
         *("remat_choice", "search", "planning"),
         *(
@@ -134,7 +134,7 @@ DOORS = {
     "sentencepiece": {"data.text"},
     "tensorboardX": {"metrics"},
     "safetensors": {"weights"},
-    "optax": {"step", "tasks", "components", "experiment"}
+    "optax": {"step", "tasks", "recipe", "experiment"}
     | {"studies.normalisation", "studies.spurious", "studies.transfer", "studies.clip_zero_shot"}
     | {m for m in LEVEL if m.startswith("optim.")}
     | {"analysis.parameter_server", "analysis.descent", "analysis.logistic"}
@@ -144,7 +144,7 @@ DOORS = {
     | {"studies.adam_minimum", "studies.explr", "studies.batch_choice"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
-    "ml_collections": {"schema", "config", "source", "checks", "components", "evaluation"}
+    "ml_collections": {"schema", "config", "source", "checks", "components", "recipe", "evaluation"}
     | {"notes", "experiment"},
     "matplotlib": {"plots"},
     "argparse": {"entry", *LEVELS[-1]},
