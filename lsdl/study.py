@@ -11,12 +11,15 @@ EXAMPLES = """examples:
   python -m lsdl.study run conditioning staleness --workdir runs/studies
   python -m lsdl.study run large_batch --seeds 5
   python -m lsdl.study run large_batch --scale full
+  python -m lsdl.study run grokking --slow
   python -m lsdl.study all
 
 Every claim is printed with what was measured and what was expected: HOLDS or DOES NOT HOLD. A
 claim that does not hold is a result, and the exit code stays 0. Each study has a folder in the
 workdir with table.csv, verdict.json, figures/ and report.html. The same command again measures
 only the cells that are not done or not the same; remove the folder to measure all once more.
+--slow adds the cells that `list` counts apart, such as grokking's transformer, to those of the
+small scale; once measured they stay in the study's table and report.
 --scale full measures nothing: it prints what to run on accelerators, and the published numbers.
 exit codes: 0 done, 1 a study failed, 2 bad input, 73 workdir in use, 130 after Ctrl-C"""
 
@@ -34,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("names", nargs="*", metavar="NAME", help="the studies to run")
     add("--scale", choices=("small", "full"), default="small", help="(default: small)")
     add("--seeds", type=int, metavar="N", help="seeds of each setting (default: 3)")
+    add("--slow", action="store_true", help="measure the slow cells too, minutes each")
     add("--workdir", type=Path, default=Path("runs/studies"), help="(default: runs/studies)")
     return parser
 
@@ -70,7 +74,7 @@ def study(arguments: argparse.Namespace) -> int:
     if arguments.scale == "full":
         print("\n".join(laboratory.told_full(name, seeds, root) for name in names))
         return FINISHED
-    outcomes, failed = laboratory.run_all(names, root, seeds=seeds)
+    outcomes, failed = laboratory.run_all(names, root, seeds=seeds, slow=arguments.slow)
     if action == "all":
         print(laboratory.summary(outcomes, failed))
         print(f"written: {laboratory.write_index(outcomes, failed, root)}")

@@ -5,12 +5,15 @@ A study is a module of `lsdl.studies` with
     CLAIM       the lectures' claim in one sentence
     SOURCE      where it stands: the lecture, and the paper
     EXPECTED    {id: Expected}: what is measured for it, and the bound written down beforehand
+    SLOW        optional, as EXPECTED: the claims of cells that take minutes each
     cells(scale, seeds) -> [Cell]        scale "small": what `measure` does; "full": what to run
-                                         on accelerators, with the published numbers; `seeds`:
-                                         how many, the whole number of --seeds
+                                         on accelerators, with the published numbers; "slow", of a
+                                         study with SLOW alone: what --slow adds to "small";
+                                         `seeds`: how many, the whole number of --seeds
     measure(cell, folder) -> row         {name: number, string or list}: JSON values, cached as a
                                          file; `folder` is the cell's own, for runs
-    claims(table) -> [Claim]             `table` holds one row for each cell, its settings included
+    claims(table) -> [Claim]             `table` holds one row for each cell, its settings included;
+                                         with slow cells in it, SLOW's claims come after EXPECTED's
     figure(table) -> {name: Figure}      made by `lsdl.plots`
 """
 
