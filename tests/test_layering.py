@@ -40,7 +40,7 @@ LEVELS = [
         ),
         *("data.captions", "data.stdlib", "data.text", "data.corpus", "data.sources"),
         *("data.part", "data.transforms", "data.dataset", "data.ramp", "data.skip"),
-        "data.loader",
+        *("data.loader", "data.folds"),
         *("models.remat", "models.layers", "models.moe", "models.transformer"),
         *("models.mlp", "models.alexnet", "models.inception", "models.resnet"),
         *("models.efficientnet", "models.regnet"),
@@ -78,6 +78,7 @@ LEVELS = [
         *("analysis.parameter_server", "analysis.batch_statistics"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
         *("analysis.clock", "analysis.volume"),
+        *("analysis.mixture", "analysis.evolution", "analysis.blocks"),
     ],
     ["checks", "components", "recipe", "evaluation", "notes", "experiment", "source"],
     [
@@ -141,7 +142,9 @@ DOORS = {
     | {"studies.gradient_noise", "studies.stale_gradients", "studies.staleness"}
     | {"studies.grokking", "studies.double_descent", "studies.skips", "studies.dropout_lines"}
     | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
-    | {"studies.adam_minimum", "studies.explr", "studies.batch_choice"},
+    | {"studies.adam_minimum", "studies.explr", "studies.batch_choice"}
+    | {"studies.mpo_icons", "studies.other_optimisers", "studies.initialisation"}
+    | {"studies.local_connectivity"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
     "ml_collections": {"schema", "config", "source", "checks", "components", "recipe", "evaluation"}

@@ -93,6 +93,7 @@ CARDS = {
 TABLES = {
     "wine": functools.partial(tabular.table, "wine"),
     "breast_cancer": functools.partial(tabular.table, "breast_cancer"),
+    "iris": functools.partial(tabular.table, "iris"),
     "spirals": synthetic.spirals,
     "modular": synthetic.modular,
     "teacher": synthetic.teacher,

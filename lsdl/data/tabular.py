@@ -1,7 +1,8 @@
 """Small tables of measurements that come with scikit-learn.
 
 Sources: Forina et al. 1991 (wine: 178 wines, 13 measurements, 3 cultivars); Street et al. 1993
-(breast_cancer: 569 tumours, 30 measurements, malignant or benign).
+(breast_cancer: 569 tumours, 30 measurements, malignant or benign); Fisher 1936 (iris: 150 flowers,
+4 measurements, 3 species).
 """
 
 import numpy as np
@@ -12,11 +13,12 @@ from lsdl.data.readers import Table
 SIZES = {
     "wine": {"train": 124, "valid": 27, "test": 27},
     "breast_cancer": {"train": 399, "valid": 85, "test": 85},
+    "iris": {"train": 104, "valid": 23, "test": 23},
 }
 
 
 def table(name: str) -> Table:
-    """`wine` or `breast_cancer`, in fixed, stratified and disjoint splits."""
+    """`wine`, `breast_cancer` or `iris`, in fixed, stratified and disjoint splits."""
     import sklearn.datasets
 
     data = getattr(sklearn.datasets, f"load_{name}")()
