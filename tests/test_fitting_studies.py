@@ -264,8 +264,8 @@ def test_blocks_are_a_dense_layer_with_zeros_and_half_the_products():
     np.testing.assert_array_equal(w_DF[2:4, 4:8], w_GIO[1])
     assert (w_DF != 0).sum() == w_GIO.size
     np.testing.assert_allclose(blocks.block_dense(x_BD, w_GIO), x_BD @ w_DF, rtol=1e-5)
-    assert blocks.products(jnp.matmul, x_BD, w_DF) == 5 * 6 * 12
-    assert blocks.products(blocks.block_dense, x_BD, w_GIO) == 5 * 6 * 12 / 3
+    assert local_connectivity.products(jnp.matmul, x_BD, w_DF) == 5 * 6 * 12
+    assert local_connectivity.products(blocks.block_dense, x_BD, w_GIO) == 5 * 6 * 12 / 3
 
 
 def test_a_narrowed_net_is_narrow_and_stays_so(key):

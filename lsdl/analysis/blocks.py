@@ -6,8 +6,6 @@ Shape letters: B batch, G groups, I inputs and O outputs of a group, D all input
 import jax
 import jax.numpy as jnp
 
-from lsdl.planner.count import count
-
 
 def block_dense(x_BD: jax.Array, w_GIO: jax.Array) -> jax.Array:
     """Each group's product with its own matrix, one after the other, `(B, G * O)`."""
@@ -19,8 +17,3 @@ def block_dense(x_BD: jax.Array, w_GIO: jax.Array) -> jax.Array:
 def block_diagonal(w_GIO: jax.Array) -> jax.Array:
     """`w_DF`, the dense layer's matrix that computes the same: zero outside the blocks."""
     return jax.scipy.linalg.block_diag(*w_GIO)
-
-
-def products(layer, *arguments: jax.Array) -> int:
-    """Multiply-adds of `layer(*arguments)`, counted in its program."""
-    return count(jax.make_jaxpr(layer)(*arguments).jaxpr).total() // 2

@@ -6,7 +6,7 @@ F features or units, C classes, N examples, W widths, P pairs or partitions, K f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lsdl.analysis import blocks, descent
 from lsdl.data.folds import folds
 from lsdl.data.readers import EVALUATION, generator
 from lsdl.optim.groups import path
+from lsdl.planner.count import count
 from lsdl.studies import digits
 from lsdl.studies.claim import Cell, Claim, Expected, judged
 
@@ -141,9 +142,14 @@ def _layers(seeds: int) -> dict[str, Any]:
         one = x_BD[:1]
         return {
             "apart": apart,
-            "dense": blocks.products(jnp.matmul, one, w_DF),
-            "blocks": blocks.products(blocks.block_dense, one, w_GIO),
+            "dense": products(jnp.matmul, one, w_DF),
+            "blocks": products(blocks.block_dense, one, w_GIO),
         }
+
+
+def products(layer: Callable, *arguments: jax.Array) -> int:
+    """Multiply-adds of `layer(*arguments)`, counted in its program."""
+    return count(jax.make_jaxpr(layer)(*arguments).jaxpr).total() // 2
 
 
 def _tasks(seeds: int) -> dict[str, Any]:
@@ -201,9 +207,9 @@ def _widths(seeds: int) -> dict[str, Any]:
     """Validation accuracy by seed and width."""
     train, valid = digits.load()
     net = digits.Classifier(WIDTHS[-1])
-    count = len(train.label_N)
-    shape = {"size": DIGITS["size"], "steps": DIGITS["epochs"] * (count // DIGITS["size"])}
-    id_STB = jnp.stack([digits.batches(seed, count, **shape) for seed in range(seeds)])
+    examples = len(train.label_N)
+    shape = {"size": DIGITS["size"], "steps": DIGITS["epochs"] * (examples // DIGITS["size"])}
+    id_STB = jnp.stack([digits.batches(seed, examples, **shape) for seed in range(seeds)])
     tx = optax.sgd(DIGITS["rate"], DIGITS["momentum"])
 
     def accuracy(params, id_TB, width):

@@ -301,77 +301,75 @@ def reached(accuracy_T: Sequence[float]) -> float:
 def figure(table: Sequence[dict]) -> dict:
     """Each problem's course, against what it cost."""
     rows = {row["id"]: row for row in table}
-    iris, quadratic, net, regression = (
-        rows[id] for id in ("iris", "quadratic", "net", "regression")
-    )
+    return {
+        "em": _em(rows["iris"]),
+        "evolution": _evolution(rows["quadratic"], rows["net"]),
+        "regression": _courses(rows["regression"]),
+    }
+
+
+def _em(row: dict) -> plots.Figure:
+    series = {f"start {i + 1}": (range(len(ys)), ys) for i, ys in enumerate(row["likelihood"])}
+    axes = {"x": "iteration of EM", "y": "mean log-likelihood, nats"}
+    course = plots.lines(series, title="Likelihood", **axes)
+    best = int(np.argmax([course_T[-1] for course_T in row["likelihood"]]))
+    petal_N2, component_N = np.array(row["petal"]), np.array(row["component"][best])
+    clusters = {
+        f"component {k + 1}": tuple(petal_N2[component_N == k].T) for k in range(COMPONENTS)
+    }
+    axes = {"x": "petal length, cm", "y": "petal width, cm"}
+    found = plots.scatter(clusters, title="The likeliest mixture", **axes)
+    return plots.panels([course, found], title="Three Gaussians on the irises")
+
+
+def _evolution(quadratic: dict, net: dict) -> plots.Figure:
     names = {
         "strategy": "evolution strategy",
         "genetic": "genetic algorithm",
         "descent": "gradient descent",
     }
-    likelihoods = {
-        f"start {i + 1}": (range(len(course_T)), course_T)
-        for i, course_T in enumerate(iris["likelihood"])
-    }
-    best = int(np.argmax([course_T[-1] for course_T in iris["likelihood"]]))
-    petal_N2, component_N = np.array(iris["petal"]), np.array(iris["component"][best])
-    clusters = {
-        f"component {k + 1}": tuple(petal_N2[component_N == k].T) for k in range(COMPONENTS)
-    }
-    em = [
-        plots.lines(
-            likelihoods, title="Likelihood", x="iteration of EM", y="mean log-likelihood, nats"
-        ),
-        plots.scatter(
-            clusters, title="The likeliest mixture", x="petal length, cm", y="petal width, cm"
-        ),
-    ]
 
-    def costs(row):
+    def costs(row, times):
         for name, label in names.items():
-            course_T = np.mean(row[name], 0)
+            course_T = times * np.mean(row[name], 0)
             each = 1 if name == "descent" else POPULATION
             yield label, ((1 + np.arange(len(course_T))) * each, course_T)
 
     axes = {"x": "evaluations of the loss or its gradient", "logx": True}
-    evolved = [
-        plots.lines(
-            dict(costs(quadratic)),
-            title="Rotated quadratic, 10 dimensions",
-            y="loss, share of the start",
-            logy=True,
-            **axes,
-        ),
-        plots.lines(
-            {label: (xs, 100 * ys) for label, (xs, ys) in costs(net)},
-            title="64-8-10 net on digits",
-            y="validation accuracy, %",
-            levels={"80%": 80},
-            **axes,
-        ),
-    ]
-    every = {"newton": 1, "coordinates": 1, "descent": 10}
+    first = plots.lines(
+        {label: (xs, np.maximum(ys, 1e-12)) for label, (xs, ys) in costs(quadratic, 1)},
+        title="Rotated quadratic, 10 dimensions",
+        y="loss, share of the start, 1e-12 at least",
+        logy=True,
+        **axes,
+    )
+    second = plots.lines(
+        dict(costs(net, 100)),
+        title="64-8-10 net on digits",
+        y="validation accuracy, %",
+        levels={"80%": 80},
+        **axes,
+    )
+    return plots.panels([first, second], title="Evolution beside the gradient")
+
+
+def _courses(row: dict) -> plots.Figure:
     labels = {
         "newton": "Newton's method",
         "coordinates": "coordinate descent, sweeps",
         "descent": "gradient descent",
     }
-    courses = {
-        labels[name]: (
-            1 + step * np.arange(len(regression[f"{name}_excess"])),
-            regression[f"{name}_excess"],
-        )
-        for name, step in every.items()
-    }
-    return {
-        "em": plots.panels(em, title="Three Gaussians on the irises"),
-        "evolution": plots.panels(evolved, title="Evolution beside the gradient"),
-        "regression": plots.lines(
-            courses,
-            title="Logistic regression on breast_cancer",
-            x="step",
-            y="loss above the minimum, nats",
-            logx=True,
-            logy=True,
-        ),
-    }
+    every = {"newton": 1, "coordinates": 1, "descent": 10}  # steps between two values
+    courses = {}
+    for name, label in labels.items():
+        excess_T = np.array(row[f"{name}_excess"])
+        excess_T = np.where(excess_T > 1e-14, excess_T, np.nan)  # rounding is left out
+        courses[label] = (1 + every[name] * np.arange(len(excess_T)), excess_T)
+    return plots.lines(
+        courses,
+        title="Logistic regression on breast_cancer",
+        x="step",
+        y="loss above the minimum, nats",
+        logx=True,
+        logy=True,
+    )
