@@ -307,7 +307,7 @@ def figure(table: Sequence[dict]) -> dict:
     bars = {name: (np.mean(v), min(v), max(v)) for name, v in accuracy.items()}
     return {
         "courses": plots.panels(courses, title="Depth that an initialisation reaches"),
-        "gradients": plots.panels(layers, title="Gradients vanish and explode with depth"),
+        "gradients": plots.panels(layers, title="Every layer's gradient vanishes or explodes"),
         "symmetry": plots.bars(
             bars, title="Units that start alike stay alike", x="validation accuracy, %"
         ),
