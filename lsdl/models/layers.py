@@ -15,6 +15,8 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from lsdl.errors import UserError
+
 Dtype = jnp.dtype
 lecun_normal = nn.initializers.lecun_normal()
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -213,6 +215,18 @@ def rms_norm(*, dtype: Dtype, name: str, eps: float = 1e-6) -> nn.RMSNorm:
     )
 
 
+class BatchNorm(nn.BatchNorm):
+    """Flax's, which refuses to train on one value for each feature: their variance is 0."""
+
+    def __call__(self, x_BD, **options):
+        if not (self.use_running_average or self.axis_name) and x_BD.size == x_BD.shape[-1]:
+            raise UserError(
+                "BatchNorm has one value for each feature to normalise, and their variance is 0: "
+                "take a batch (or microbatch) of at least 2 examples, or group or layer norm."
+            )
+        return super().__call__(x_BD, **options)
+
+
 def batch_norm(
     *,
     train: bool,
@@ -229,7 +243,7 @@ def batch_norm(
     Under `jit` the mean of a sharded batch is global already; under manual axes (`shard_map`,
     `pmap`) the partitioner names them in `axis_name`.
     """
-    return nn.BatchNorm(
+    return BatchNorm(
         use_running_average=not train,
         momentum=momentum,
         epsilon=eps,
@@ -261,15 +275,15 @@ def group_norm(
 
 
 def feature_norm(
-    kind: str, channels: int, *, train: bool, axis_name: str | None, **fields
+    kind: str, channels: int, *, train: bool, axis_name: str | None, least: int = 2, **fields
 ) -> nn.BatchNorm | nn.GroupNorm:
     """The normalisation `kind` of the last dim's features: batch, group, or layer (one group).
 
-    32 groups as in Wu and He 2018; fewer where a group would not have two channels.
+    32 groups as in Wu and He 2018; fewer where a group would not have `least` channels.
     """
     if kind == "batch":
         return batch_norm(train=train, axis_name=axis_name, **fields)
-    groups = {"group": math.gcd(32, max(1, channels // 2), channels), "layer": 1}[kind]
+    groups = {"group": math.gcd(32, max(1, channels // least), channels), "layer": 1}[kind]
     return group_norm(groups, **fields)
 
 

@@ -12,6 +12,7 @@ from lsdl.models import remat
 from lsdl.models.layers import ACTIVATIONS, Dropout, Dtype, dense, feature_norm
 
 NORMS = ("none", "batch", "group", "layer")
+LEAST = 16  # features of a group (Wu and He 2018, table 3)
 
 
 class Hidden(nn.Module):
@@ -34,7 +35,9 @@ class Hidden(nn.Module):
         x_BF = remat.name(x_BF, "dense")
         if self.norm != "none":
             own = dict(train=self.train, axis_name=self.axis_name, axis=self.axes[1])
-            norm = feature_norm(self.norm, self.features, dtype=self.dtype, name="norm", **own)
+            # With no positions to average over, of a group of two the signs alone would be left.
+            fields = dict(dtype=self.dtype, least=LEAST) | own
+            norm = feature_norm(self.norm, self.features, name="norm", **fields)
             x_BF = norm(x_BF)
         x_BF = ACTIVATIONS[self.activation](x_BF)
         x_BF = Dropout(self.dropout, self.train)(x_BF)

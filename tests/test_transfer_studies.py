@@ -1,0 +1,164 @@
+"""The studies of norms, shortcuts, transfer and language: laws, and claims on made-up tables."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsdl import laboratory
+from lsdl.errors import UserError
+from lsdl.models.layers import batch_norm, feature_norm
+from lsdl.models.mlp import Mlp
+from lsdl.studies import spurious, transfer
+
+NAMES = ("normalisation", "spurious", "transfer")
+studies = pytest.mark.parametrize("name", NAMES)
+
+
+def judged(name, table):
+    study = laboratory.find(name)
+    claims = {claim.id: claim for claim in study.claims(table)}
+    assert claims.keys() == study.EXPECTED.keys()
+    return claims
+
+
+@studies
+def test_full_scale_names_a_config_or_says_why_not(name):
+    for cell in laboratory.find(name).cells("full", 1):
+        assert cell.config
+        assert cell.published
+
+
+@pytest.mark.slow
+@studies
+def test_a_study_runs_from_its_cells_to_its_figures(name, tmp_path):
+    study, table = laboratory.find(name), []
+    for cell in study.cells("small", 1):
+        row = json.loads(json.dumps(study.measure(cell, tmp_path), allow_nan=False))
+        table.append({**cell.settings, **row, "id": cell.id})
+    judged(name, table)
+    for label, figure in study.figure(table).items():
+        figure.save(tmp_path / f"{label}.svg")
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+def apply_norm(shape, *, train=True, axis_name=None):
+    norm = batch_norm(train=train, axis_name=axis_name, dtype=jnp.float32, name="norm")
+    variables = norm.init(jax.random.key(0), jnp.ones((2, shape[-1])))
+    return norm.apply(variables, jnp.ones(shape), mutable=["batch_stats"])
+
+
+def test_batch_norm_refuses_to_train_on_one_value_for_each_feature():
+    for shape in ((1, 4), (1, 1, 1, 4)):
+        with pytest.raises(UserError, match="at least 2 examples, or group or layer norm"):
+            apply_norm(shape)
+    apply_norm((2, 4))
+    apply_norm((1, 2, 1, 4))  # two positions of one image
+    apply_norm((1, 4), train=False)
+    rows = jax.vmap(lambda x: apply_norm((1, 4), axis_name="i"), axis_name="i")
+    rows(jnp.arange(2))  # the other rows are on other devices
+
+
+def test_groups_of_a_dense_layer_have_features_to_average_over():
+    """Of two, normalised, only the sign of their difference is left."""
+    x_BD = jax.random.normal(jax.random.key(0), (3, 64))
+    mode = dict(train=True, axis_name=None, dtype=jnp.float32, name="norm")
+    for least, groups in ((16, 4), (2, 32)):
+        norm = feature_norm("group", 64, least=least, **mode)
+        y_BGD = norm.apply(norm.init(jax.random.key(0), x_BD), x_BD).reshape(3, groups, -1)
+        np.testing.assert_allclose(y_BGD.mean(-1), 0, atol=1e-5)
+    assert np.median(np.abs(y_BGD)) == pytest.approx(1, abs=1e-3)
+    model = Mlp((64,), 0, norm="group")
+    hidden_BF = model.apply(model.init(jax.random.key(0), x_BD, train=True), x_BD, train=True)
+    assert np.unique(np.round(hidden_BF, 2)).size > 50
+
+
+def norm_table(end):
+    courses = {
+        norm: [[[10.0, 11.0], [value, value - 1]] for value in values]
+        for norm, values in end.items()
+    }
+    return [
+        {"norm": norm, "batches": (32, 4, 2), "accuracy": course, "refused": int(norm == "batch")}
+        for norm, course in courses.items()
+    ]
+
+
+def test_claims_of_the_norms():
+    end = {"batch": (98, 97, 41), "group": (97, 97, 96), "layer": (97,) * 3, "none": (97,) * 3}
+    found = judged("normalisation", norm_table(end))
+    assert all(claim.holds for claim in found.values())
+    assert (found["batch_2"].measured, found["batch_2"].n) == (57, 2)
+    assert found["group_over_batch"].measured == 55
+    found = judged("normalisation", norm_table(end | {"batch": (98, 98, 98)}))
+    assert {id for id, claim in found.items() if not claim.holds} == {"batch_2", "group_over_batch"}
+
+
+# --- shortcuts ------------------------------------------------------------------------------------
+
+
+def test_a_shortcut_agrees_as_often_as_it_is_told():
+    found = spurious.draw(jax.random.key(0), 4_000, 0.9)
+    sign_N = 2.0 * found.label_N - 1
+    assert (found.x_NF[:, -1] == sign_N).mean() == pytest.approx(0.9, abs=0.02)
+    np.testing.assert_allclose((found.x_NF * sign_N[:, None]).mean(0)[:-1], 0.4, atol=0.08)
+    empty = spurious.draw(jax.random.key(0), 4_000, 0.9, used=0.0)
+    assert not empty.x_NF[:, -1].any()
+    np.testing.assert_array_equal(found.x_NF[:, :-1], empty.x_NF[:, :-1])
+
+
+def test_the_logistic_probe_is_where_the_gradient_is_zero():
+    draw = np.random.default_rng(0)
+    x_NF = jnp.array(draw.normal(size=(200, 3)), jnp.float32)
+    label_N = np.array(draw.random(200) < 1 / (1 + np.exp(-2 * x_NF[:, 0])))
+    w_F = np.array(spurious.probe(x_NF, label_N, decay=0.1))
+    x_NF = np.append(x_NF, np.ones((200, 1)), 1)
+    p_N = 1 / (1 + np.exp(-x_NF @ w_F))
+    np.testing.assert_allclose(x_NF.T @ (p_N - label_N) / 200 + 0.1 * w_F, 0, atol=1e-6)
+    assert w_F[0] > 3 * np.abs(w_F[1:]).max()
+
+
+def test_claims_of_a_shortcut():
+    places = len(spurious.AGREEMENTS) + 1
+    weights = np.ones((2, places, 11))
+    weights[:, -2] *= [1.0] * 9 + [-2.0, -5.0]
+    row = {
+        "train": np.full((2, places), 99.5),
+        "kept": np.array([[98.0] * (places - 1) + [90.0]] * 2),
+        "independent": np.array([[70.0] * (places - 2) + [56.0, 90.0]] * 2),
+        "flipped": np.full((2, places), 12.0),
+        "probe": weights,
+        "response": weights,
+    }
+    found = judged("spurious", [row])
+    assert all(claim.holds and claim.n == 2 for claim in found.values())
+    assert (found["future"].measured, found["weaker"].measured) == (34, 20)
+    assert (found["unchanged"].measured, found["probe"].measured) == (8, 2.5)
+
+
+# --- transfer -------------------------------------------------------------------------------------
+
+
+def test_few_examples_are_of_each_class_as_many():
+    label_N = np.array([0] * 50 + [1] * 20 + [2] * 5)
+    draws = [transfer.few(label_N, 11, np.random.default_rng(seed)) for seed in range(2)]
+    for id_B in draws:
+        assert len(set(id_B)) == 11
+        assert sorted(np.bincount(label_N[id_B])) == [3, 4, 4]
+    assert set(draws[0]) != set(draws[1])
+    assert len(transfer.few(label_N, 40, np.random.default_rng(0))) == 40  # one class runs out
+
+
+def test_claims_of_transfer():
+    labels = transfer.LABELS
+    teacher = {"raw": [[53.0, 59.0, 65.0, 79.0]] * 2, "features": [[74.0, 91.0, 94.0, 95.0]] * 2}
+    digits = {"raw": [[80.0, 85.0, 90.0, 95.0]] * 2, "features": [[80.0, 86.0, 91.0, 95.0]] * 2}
+    rows = {"teacher": teacher, "digits": digits}
+    found = judged("transfer", [row | {"data": d, "labels": labels} for d, row in rows.items()])
+    assert all(claim.holds and claim.n == 2 for claim in found.values())
+    assert (found["teacher_16"].measured, found["digits_32"].measured) == (32, 1)
+    assert found["few_as_many"].measured == 12
