@@ -32,7 +32,7 @@ def evolution_strategy(
 
     Every offspring has a step size of its own, which is inherited with what it led to: it adapts
     itself. A generation takes `offspring` evaluations.
-    Source: Beyer and Schwefel 2002, sections 2 and 4.
+    Source: Beyer and Schwefel 2002.
     """
     learning = 1 / math.sqrt(2 * x_D.size)
 
@@ -66,7 +66,7 @@ def genetic_algorithm(
 
     The best `elite` go on unchanged. A generation takes as many evaluations as `x_PD` has rows; its
     answer is the best of them.
-    Source: Eiben and Smith 2015, chapters 4 and 5.
+    Source: Eiben and Smith 2015.
     """
     population = len(x_PD)
 

@@ -23,11 +23,11 @@ CLAIM = (
     "has less bias and more variance, and a penalty on the coefficients turns that round."
 )
 SOURCE = (
-    "Lecture on generalisation: bias, variance and noise; Geman et al. 1992, Neural networks and "
-    "the bias/variance dilemma"
+    "Lecture on optimisation and regularisation: bias, variance and noise; Geman et al. 1992, "
+    "Neural networks and the bias/variance dilemma"
 )
-_TERMS = "lecture on generalisation: the three terms (its last line; a bracket is misplaced before)"
-_RIDGE = "lecture on generalisation: L2 lowers the variance of the coefficients"
+_TERMS = "lecture on optimisation and regularisation: the three terms, as in its last line"
+_RIDGE = "lecture on optimisation and regularisation: L2 lowers the variance of the coefficients"
 EXPECTED = {
     "identity": Expected(
         "largest distance, over degrees 1 to 15, of squared bias + variance + noise from the error "
@@ -101,7 +101,7 @@ class Terms(NamedTuple):
 def decomposed(h_DP: np.ndarray, mean_P: np.ndarray, noise_DP: np.ndarray, noise: float) -> Terms:
     """The terms of the predictions `h_DP`, one row for each data set, of targets `mean_P` + noise.
 
-    Source: Geman et al. 1992, equations 2.1 and 2.4.
+    Source: Geman et al. 1992.
     """
     central_P = h_DP.mean(0)
     return Terms(

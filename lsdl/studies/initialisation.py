@@ -31,12 +31,12 @@ CLAIM = (
     "stay alike."
 )
 SOURCE = (
-    "Lecture on phenomena: initialisation, symmetry breaking, vanishing gradients; He et al. 2015, "
-    "Delving deep into rectifiers (arXiv:1502.01852), section 2.2"
+    "Lecture on loss surfaces: initialisation, symmetry breaking, vanishing gradients; He et al. "
+    "2015, Delving deep into rectifiers (arXiv:1502.01852), section 2.2"
 )
 _HE = "He et al. 2015, figures 2 and 3"
 _GRADIENT = "He et al. 2015, section 2.2: L layers lose 1 / sqrt(2)^L"
-_SYMMETRY = "lecture on phenomena: symmetry breaking"
+_SYMMETRY = "lecture on loss surfaces: symmetry breaking"
 EXPECTED = {
     "stalls_30": Expected(
         "training cross-entropy in nats after 30 epochs, 30 layers, variance 1 / n, rate 0.001",
@@ -96,7 +96,7 @@ SYMMETRIC = {"width": 32, "rate": 0.02, "epochs": 10}
 def cells(scale: str, seeds: int) -> list[Cell]:
     """Two depths, and units that start alike; at full scale the published errors."""
     if scale == "full":
-        he = "configs are of other nets; top-1/top-5 error {} (He et al. 2015, table 2 and text)"
+        he = "top-1/top-5 error {} (He et al. 2015)"
         return [
             Cell("he-14", {"layers": 14}, published=he.format("33.82/13.34, 33.90/13.44 with 1/n")),
             Cell("he-30", {"layers": 30}, published=he.format("38.56/16.59, 1/n stalls")),

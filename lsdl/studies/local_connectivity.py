@@ -30,8 +30,8 @@ CLAIM = (
     "that is enough."
 )
 SOURCE = "Lectures: local connectivity, right-sized networks, cross-validation"
-_LOCAL = "lecture on efficiency: local connectivity, W = blockdiag(W_A, W_B)"
-_SIZE = "lecture on efficiency: right-sized networks"
+_LOCAL = "lecture on optimisation, part 2: local connectivity, W = blockdiag(W_A, W_B)"
+_SIZE = "lecture on optimisation, part 2: right-sized networks"
 _FOLDS = "first lecture: cross-validation; Kohavi 1995"
 EXPECTED = {
     "dense_products": Expected(

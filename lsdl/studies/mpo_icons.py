@@ -26,10 +26,10 @@ CLAIM = (
     "also on examples that were not trained on."
 )
 SOURCE = (
-    "Lecture on phenomena: icon-shaped loss planes; Skorokhodov and Burtsev 2019, Loss landscape "
-    "sightseeing with multi-point optimization (arXiv:1910.03867)"
+    "Lecture on loss surfaces: icon-shaped loss planes; Skorokhodov and Burtsev 2019, Loss "
+    "landscape sightseeing with multi-point optimization (arXiv:1910.03867)"
 )
-_ICONS = "Skorokhodov and Burtsev 2019, section 3"
+_ICONS = "Skorokhodov and Burtsev 2019"
 EXPECTED = {
     "inside": Expected(
         "mean validation cross-entropy in nats over the heart's cells, after 4,000 steps of Adam "
@@ -78,7 +78,7 @@ def centres(size: int) -> np.ndarray:
 def cells(scale: str, seeds: int) -> list[Cell]:
     """One; at full scale the nets whose planes the paper draws."""
     if scale == "full":
-        published = "50 x 50 icons, recovered by eye (Skorokhodov and Burtsev 2019, figure 1)"
+        published = "50 x 50 icons, judged by eye (Skorokhodov and Burtsev 2019)"
         return [
             Cell("fashion_mnist", config="fashion_mnist_mlp", published=published),
             Cell("cifar10", config="cifar10_resnet:20", published=published),

@@ -38,7 +38,7 @@ SOURCE = (
 )
 _EM = "Dempster et al. 1977, theorem 1"
 _EVOLUTION = "first lecture: evolution strategies, genetic algorithms"
-_NEWTON = "lecture on optimisation: Newton's method"
+_NEWTON = "lecture on optimisation and regularisation: Newton's method"
 _NET = "64-8-10 net on digits; an evaluation is the loss, or its gradient, on 64 images"
 EXPECTED = {
     "em": Expected(
@@ -89,7 +89,7 @@ EXPECTED = {
     "coordinates": Expected(
         "loss above the minimum after 100 sweeps of coordinate descent over at zero, the same "
         "regression",
-        "lecture on optimisation: coordinate descent",
+        "lecture on optimisation and regularisation: coordinate descent",
         high=0.01,
     ),
     "gradient": Expected(

@@ -26,9 +26,9 @@ SOURCE = (
     "Lectures: saddle points, stochasticity escapes local minima, local divergence can help; "
     "Jin et al. 2017, How to escape saddle points efficiently (arXiv:1703.00887)"
 )
-_SADDLE = "lectures on optimisation and on stochastic gradients: noise escapes saddles"
-_NOISE = "lecture on phenomena: stochasticity escapes local minima"
-_RATE = "lecture on phenomena: local divergence can help; the limit is 2 / curvature = 0.04"
+_SADDLE = "lectures on optimisation: noise escapes saddles"
+_NOISE = "lecture on loss surfaces: stochasticity escapes local minima"
+_RATE = "lecture on loss surfaces: local divergence can help; the limit is 2 / curvature = 0.04"
 EXPECTED = {
     "without_noise": Expected(
         "share of 7 runs a seed that leave the saddle within 2,000 steps of 0.05 from (1, 0), "
@@ -46,7 +46,7 @@ EXPECTED = {
     "logarithm": Expected(
         "slope of the median step of the escape against ln(1 / deviation), times ln(1 + 2 rate): "
         "the distance grows by 1 + 2 rate a step",
-        "Jin et al. 2017: the steps grow as a logarithm",
+        f"{_SADDLE}; the update is linear in y near the saddle",
         low=0.9,
         high=1.1,
     ),
