@@ -1,4 +1,4 @@
-"""Analyze: `python -m lsdl.analyze KIND --run RUN`: curvature and loss surface of a run."""
+"""Analyze: `python -m lsdl.analyze KIND --run RUN`: what a run's checkpoint can be asked."""
 
 import argparse
 import sys
@@ -11,6 +11,11 @@ EXAMPLES = """kinds:
   sharpness    Keskar's phi in a box, SAM's rise, lambda_max eta / 2
   line, plane  the loss along one direction, on a plane of two
   interpolate  the loss between two runs, or two steps of one
+  noise        gradient noise scale B_simple, each example's gradient
+  norms        |w|, |gradient| and their ratio for each parameter: the table of LARS
+  outliers     the examples with the highest loss, with their pictures or texts
+  boundary     the classes of the plane, of a classifier with two inputs
+  diagnose     under- or overfitting, from the run's metrics alone
 
 examples:
   python -m lsdl.analyze hessian --run runs/digits_vit --examples 256
@@ -18,6 +23,9 @@ examples:
   python -m lsdl.analyze plane --run runs/a --split valid --resolution 51
   python -m lsdl.analyze plane --run runs/a --direction pca
   python -m lsdl.analyze interpolate --run runs/a --to runs/b --recalibrate
+  python -m lsdl.analyze noise --run runs/a --examples 0 --mesh data=8
+  python -m lsdl.analyze outliers --run runs/a --split valid --top 50
+  python -m lsdl.analyze diagnose --run runs/a --target 0.5
 
 The table is printed; KIND.json and the page KIND.html go to RUN/analysis, or to --out.
 exit codes: 0 done, 2 bad input, 74 no checkpoint that verifies, 130 after Ctrl-C"""
@@ -26,13 +34,14 @@ exit codes: 0 done, 2 bad input, 74 no checkpoint that verifies, 130 after Ctrl-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lsdl.analyze",
-        description="Curvature and loss surface of a run, at one of its checkpoints.",
+        description="Curvature, loss surface, gradients and examples of a run's checkpoint.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    kinds = ("hessian", "sharpness", "line", "plane", "interpolate")
+    kinds = ("hessian", "sharpness", "line", "plane", "interpolate", "noise", "norms")
+    kinds += ("outliers", "boundary", "diagnose")
     add("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
     add("--run", required=True, type=Path, metavar="RUN", help="the run folder")
     add("--step", type=int, metavar="K", help="of which checkpoint (default: the newest)")
@@ -42,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="(default: RUN/analysis)")
     add("--seed", type=int, default=0, metavar="N", help="of directions and starts (default: 0)")
     add("--of", default="hessian", metavar="MATRIX", help="hessian, ggn or fisher")
-    add("--top", type=int, default=5, metavar="K", help="how many eigenvalues (default: 5)")
+    add("--top", type=int, metavar="K", help="eigenvalues (default: 5), outliers (default: 24)")
     add("--steps", type=int, default=40, metavar="K", help="of Lanczos, at most (default: 40)")
     add("--starts", type=int, default=3, metavar="R", help="of the density (default: 3)")
     add("--direction", default="filter", metavar="D", help="filter-normalised as Li et al. 2018 "
@@ -51,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--radius", type=float, default=1.0, metavar="R", help="of line and plane (default: 1)")
     add("--around-start", action="store_true", help="around the parameters before the first step")
     add("--recalibrate", action="store_true", help="BatchNorm's statistics anew at each point")
+    add("--target", type=float, metavar="L", help="diagnose: a training loss above it is large")
     add("--to", type=Path, metavar="RUN", help="the other end of interpolate")
     add("--to-step", type=int, metavar="K", help="its step (default: the newest)")
     return parser

@@ -1,8 +1,13 @@
 """One HTML page that needs no other file, no network and no script."""
 
+import base64
 import html
 import re
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 CSS = """
 :root{color-scheme:light dark;--ink:#23272e;--faint:#d5d9df;--paper:#fefefe;--quiet:#5c6470;
@@ -20,6 +25,9 @@ a{color:inherit;text-underline-offset:.15em}
 .wide{overflow-x:auto;margin:.8rem 0}
 figure{margin:0;max-width:100%;overflow-x:auto}
 .row{display:flex;flex-wrap:wrap;gap:1.2rem 1.6rem;margin:1.2rem 0}
+.gallery{display:flex;flex-wrap:wrap;gap:1rem;margin:1.2rem 0}
+.gallery figure{width:11rem;font-size:.85rem;overflow-wrap:anywhere}
+img.pixels{width:6rem;height:auto;image-rendering:pixelated;display:block;margin-bottom:.3rem}
 svg{display:block;max-width:100%;height:auto}svg.many{min-width:44rem}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;
@@ -111,6 +119,41 @@ def figure(svg: str, *, many: bool = False) -> Markup:
 def row(*figures: Markup) -> Markup:
     """Figures side by side, as many as the screen is wide."""
     return element("div", *figures, class_="row") if figures else Markup("")
+
+
+def gallery(entries: Iterable[tuple[Markup, str]]) -> Markup:
+    """Small pictures or texts, each with what is told of it."""
+    shown = [element("figure", what, element("figcaption", told)) for what, told in entries]
+    return element("div", *shown, class_="gallery") if shown else Markup("")
+
+
+def picture(pixels_HWC: np.ndarray, alt: str, *, most: int = 64) -> Markup:
+    """A uint8 image of 1 or 3 channels, in the page itself, with at most some `most` pixels a side.
+
+    A larger one is made smaller by leaving pixels out.
+    """
+    every = -(-max(pixels_HWC.shape[:2]) // most)
+    data = base64.b64encode(_png(pixels_HWC[::every, ::every])).decode()
+    return Markup(
+        f'<img class="pixels" src="data:image/png;base64,{data}" alt="{escape(str(alt))}">'
+    )
+
+
+def _png(pixels_HWC: np.ndarray) -> bytes:
+    height, width, channels = pixels_HWC.shape
+    kind = {1: 0, 3: 2}[channels]  # grey, or red, green and blue
+    lines = np.ascontiguousarray(pixels_HWC, np.uint8).reshape(height, width * channels)
+    filtered = np.pad(lines, ((0, 0), (1, 0)))  # a line begins with how it is filtered: not at all
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)),
+        (b"IDAT", zlib.compress(filtered.tobytes(), 9)),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def document(title: str, *content: object) -> str:

@@ -275,9 +275,15 @@ def heatmap(
     diverging: bool = False,
     logz: bool = False,
     numbers: bool | None = None,
+    points: Series | None = None,
+    path: bool = False,
     alt: str = "",
 ) -> Figure:
-    """`values[row][column]` as colours; `numbers` writes them too, by default where they fit."""
+    """`values[row][column]` as colours; `numbers` writes them too, by default where they fit.
+
+    `points`: {label: (xs, ys)} on top, in the units of `columns` and `rows`, which are then rising
+    numbers; as a line from one to the next if they are a `path`.
+    """
     grid = np.ma.masked_invalid(np.array(values, np.float64))
     if logz:
         grid = np.ma.masked_less_equal(grid, 0)
@@ -313,9 +319,23 @@ def heatmap(
                 light = np.mean(mesh.cmap(mesh.norm(value))[:3]) > 0.45
                 colour = "#000000" if light else "#ffffff"
                 axes.text(j + 0.5, i + 0.5, word(value), ha="center", va="center", color=colour)
+        _points(axes, points or {}, columns, rows, "-" if path else "")
 
     tall = max(HEIGHT, 1.0 + 0.3 * min(len(rows), 16))
     return Figure(title, (Panel(draw, _space([word(row) for row in rows]), tall),), alt)
+
+
+def _points(axes: Axes, points: Series, columns: Sequence, rows: Sequence, style: str) -> None:
+    for i, (label, places) in enumerate(points.items()):
+        x, y = (
+            np.interp(place, ends, np.arange(len(ends)) + 0.5)
+            for place, ends in zip(places, (columns, rows), strict=True)
+        )
+        colour, marker = PALETTE[(i + 1) % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        how = dict(markeredgecolor="#ffffff", markeredgewidth=0.6, label=_short(label))
+        axes.plot(x, y, color=colour, marker=marker, linestyle=style, **how)
+    if points:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
 
 
 def word(value: Any) -> str:

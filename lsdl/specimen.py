@@ -39,6 +39,8 @@ class Specimen:
     split: str
     batches: list[Batch]
     examples: int
+    whole: bool  # the examples are all that the split's evaluation takes
+    tokenizer: str  # a name or a file, as `data.text.tokenizer` takes it
 
     @property
     def params(self) -> Any:
@@ -50,6 +52,12 @@ class Specimen:
         experiment, precision = self.experiment, self.run.fields["precision"]
         placed = dict(mesh=experiment.mesh, rules=experiment.rules, precision=precision)
         return functools.partial(partition.program, **placed)
+
+    @property
+    def program_of_rows(self) -> Callable:
+        """`program` for what maps over rows: in the model a batch of one row is not split."""
+        rules = tuple(r for r in self.experiment.rules if r[0] not in ("batch", "conv_batch"))
+        return functools.partial(self.program, rules=rules)
 
     @property
     def rate(self) -> float:
@@ -69,6 +77,34 @@ class Specimen:
         found = self.sums(self.variables | {"params": params}, batch)
         return found["loss"], found["weight"]
 
+    def outputs(self, params: Any, batch: Batch) -> Any:
+        """What the model makes of a batch."""
+        variables = self.variables | {"params": params}
+        inputs = self.experiment.task.inputs(batch)
+        return self.experiment.module.apply(variables, *inputs, train=False)
+
+    def each(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Evaluation's sums of each example alone, `(B,)`; see `apart`."""
+
+        def weighted(weight_B):
+            return self.sums(self.variables | {"params": params}, batch | {"weight": weight_B})
+
+        # Each sum is linear in the examples' weights.
+        return jax.jacrev(weighted)(batch["weight"])
+
+    def apart(self, what: str) -> None:
+        """`UserError` if the loss is no sum over examples, which `what` needs."""
+        if self.run.fields["task"] == "contrastive":
+            raise UserError(
+                f"{what} needs a loss of each example alone, and a contrastive loss compares them."
+            )
+
+    @property
+    def stacked(self) -> set[str]:
+        """The paths of the parameters whose first dim is their layers'."""
+        paths = (p.path for p in self.experiment.placements if "layers" in p.names[:1])
+        return {path.removeprefix("params/") for path in paths}
+
     def product(self, matrix: str) -> curvature.BatchProduct:
         """Of the loss's Hessian, Gauss-Newton's matrix (`ggn`) or the empirical Fisher matrix."""
         task = self.experiment.task
@@ -78,23 +114,16 @@ class Specimen:
             raise UserError(f"--of={matrix} is unknown: choose from {', '.join(MATRICES)}.")
         name = self.run.fields["task"]
         if matrix == "fisher":
-            if name == "contrastive":
-                raise UserError(
-                    "--of=fisher needs a loss of each example alone, and a contrastive loss "
-                    "compares them: use --of=hessian."
-                )
+            self.apart("--of=fisher")
             return curvature.empirical_fisher(self.loss)
         if name not in ("classification", "regression"):
             raise UserError(
                 f"--of=ggn needs a model whose outputs its loss is convex in; with task={name} "
                 "they hold parameters: use --of=hessian."
             )
-
-        def outputs(params, batch):
-            variables = self.variables | {"params": params}
-            return self.experiment.module.apply(variables, *task.inputs(batch), train=False)
-
-        return curvature.gauss_newton(outputs, lambda found, batch: task.loss(found, batch)[:2])
+        return curvature.gauss_newton(
+            self.outputs, lambda found, batch: task.loss(found, batch)[:2]
+        )
 
     def recalibrate(self, variables: dict[str, Any]) -> dict[str, Any]:
         """`variables` with BatchNorm's statistics of the first batch, at these parameters."""
@@ -141,11 +170,14 @@ def opened(path: Path, *, step: int | None, split: str, examples: int, mesh: str
     experiment.check_data()
     batches = list(_batches(experiment, split, examples))
     number = int(sum(np.asarray(batch["weight"]).sum() for batch in batches))
+    whole = number == experiment.eval_loader(split).num_examples
     if step is None:
         with Checkpoints(RunDir(path).checkpoints) as checkpoints:
             step = checkpoints.latest_step()
     variables = _variables(experiment, run, step)
-    return Specimen(run, step, experiment, variables, split, batches, number)
+    return Specimen(
+        run, step, experiment, variables, split, batches, number, whole=whole, tokenizer=tokenizer
+    )
 
 
 def _steps(run: Run) -> list[int]:

@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 from lsdl import page
 from lsdl.errors import UserError
 from lsdl.files import check_regular, write_json, write_text
-from lsdl.findings import curvature, surface
+from lsdl.findings import boundary, curvature, fit, gradients, outliers, surface
 from lsdl.findings.found import Findings
 from lsdl.findings.surface import DIRECTIONS
-from lsdl.specimen import MATRICES, Specimen, opened
+from lsdl.runs import Run, read_run
+from lsdl.specimen import MATRICES, opened
 
 
 class Kind(NamedTuple):
     """One kind of analysis."""
 
-    measure: Callable[[Specimen, Any], Findings]
-    examples: int  # unless it is told; 0: all that evaluation takes
+    measure: Callable[[Any, Any], Findings]  # (Specimen, arguments)
+    # Unless it is told; 0: all that evaluation takes; None: no checkpoint is opened, and what is
+    # measured is a `Run`.
+    examples: int | None
 
 
 # Products are dear, and points take all of a split.
@@ -27,25 +30,40 @@ KINDS = {
     "line": Kind(surface.line, 0),
     "plane": Kind(surface.plane, 0),
     "interpolate": Kind(surface.interpolate, 0),
+    "noise": Kind(gradients.noise, 512),
+    "norms": Kind(gradients.norms, 512),
+    "outliers": Kind(outliers.outliers, 0),
+    "boundary": Kind(boundary.boundary, 0),
+    "diagnose": Kind(fit.diagnose, None),
 }
 
 
 def run(arguments: Any) -> str:
     """Measure what the command line asks for and write it; returns what to print."""
-    kind = arguments.kind
     _check(arguments)
-    examples = KINDS[kind].examples if arguments.examples is None else arguments.examples
+    kind = KINDS[arguments.kind]
+    if kind.examples is None:
+        found_run = read_run(arguments.run)
+        folder = _folder(arguments)
+        found = kind.measure(found_run, arguments)
+        record = {"step": found_run.last_step}
+        return _written(
+            found, found_run, f"{found_run.last_step:,} steps", record, arguments, folder
+        )
     specimen = opened(
         arguments.run,
         step=arguments.step,
         split=arguments.split,
-        examples=examples,
+        examples=kind.examples if arguments.examples is None else arguments.examples,
         mesh=arguments.mesh,
     )
     if arguments.around_start:
         specimen = specimen.before_training()
     folder = _folder(arguments)
-    return _written(KINDS[kind].measure(specimen, arguments), kind, specimen, folder)
+    found = kind.measure(specimen, arguments)
+    about = f"step {specimen.step:,}, {specimen.examples:,} examples of {specimen.split}"
+    record = {"step": specimen.step, "split": specimen.split, "examples": specimen.examples}
+    return _written(found, specimen.run, about, record, arguments, folder)
 
 
 def _folder(arguments: Any) -> Path:
@@ -64,12 +82,15 @@ def _folder(arguments: Any) -> Path:
 
 def _check(arguments: Any) -> None:
     for name, least in (("resolution", 3), ("top", 1), ("steps", 2), ("starts", 1), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name}={getattr(arguments, name)} must be at least {least}.")
+        given = getattr(arguments, name)
+        if given is not None and given < least:
+            raise UserError(f"--{name}={given} must be at least {least}.")
     if arguments.examples is not None and arguments.examples < 0:
         raise UserError(f"--examples={arguments.examples} must be at least 0, which means all.")
     if not arguments.radius > 0:
         raise UserError(f"--radius={arguments.radius:g} must be above 0.")
+    if arguments.target is not None and not arguments.target > 0:
+        raise UserError(f"--target={arguments.target:g} must be above 0.")
     for name, choices in (("of", MATRICES), ("direction", DIRECTIONS)):
         if getattr(arguments, name) not in choices:
             given = getattr(arguments, name)
@@ -78,13 +99,13 @@ def _check(arguments: Any) -> None:
         raise UserError("interpolate needs the other end: --to RUN, --to-step K, or both.")
 
 
-def _written(found: Findings, kind: str, specimen: Specimen, folder: Path) -> str:
+def _written(
+    found: Findings, run: Run, about: str, record: dict, arguments: Any, folder: Path
+) -> str:
     """Write the JSON and the page; returns the table as text."""
-    run = specimen.run
-    about = f"step {specimen.step:,}, {specimen.examples:,} examples of {specimen.split}"
+    kind = arguments.kind
     try:
-        record = {"kind": kind, "run": str(run.path), "step": specimen.step}
-        record |= {"split": specimen.split, "examples": specimen.examples}
+        record = {"kind": kind, "run": str(run.path), **record}
         write_json(folder / f"{kind}.json", record | found.values)
         drawn = [
             page.figure(figure.svg(prefix=f"g{i}", themed=True))
@@ -96,6 +117,7 @@ def _written(found: Findings, kind: str, specimen: Specimen, folder: Path) -> st
             *(page.element("p", note, class_="quiet") for note in found.notes),
             page.row(*drawn),
             page.table(found.head, found.rows),
+            *found.more,
         )
         write_text(folder / f"{kind}.html", text)
     except OSError as error:

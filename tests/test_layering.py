@@ -79,6 +79,7 @@ LEVELS = [
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
         *("analysis.clock", "analysis.volume"),
         *("analysis.mixture", "analysis.evolution", "analysis.blocks"),
+        "analysis.fit",
     ],
     ["checks", "components", "recipe", "evaluation", "notes", "experiment", "source"],
     [
@@ -97,6 +98,7 @@ LEVELS = [
         ),
         *("runs", "dynamics", "foresight", "reporting", "verdict"),
         *("specimen", "findings.found", "findings.curvature", "findings.surface"),
+        *("findings.gradients", "findings.outliers", "findings.boundary", "findings.fit"),
         "surveying",
     ],
     [

@@ -52,6 +52,46 @@ def cosine(a: Any, b: Any) -> jax.Array:
     return jnp.where(length > 0, dot(a, b) / jnp.where(length > 0, length, 1), 0)
 
 
+class Sums(NamedTuple):
+    """Over examples, to be added up and given to `statistics`."""
+
+    gradient: Any
+    squares: jax.Array  # of their lengths
+    direction: Any  # of the gradients made 1 long
+
+
+def no_sums(params: Any) -> Sums:
+    """Of no example."""
+    zeros = map_(jnp.zeros_like, params)
+    return Sums(zeros, jnp.zeros(()), zeros)
+
+
+def example_sums(
+    loss: Callable[[Any, Any], jax.Array], params: Any, examples_K: Any
+) -> tuple[Sums, jax.Array]:
+    """(the sums over examples, each one's squared gradient `(K,)`) of `loss(params, example)`."""
+    gradient_K = jax.vmap(jax.grad(loss), (None, 0))(params, examples_K)
+    square_K = jax.vmap(square)(gradient_K)
+    inverse_K = jnp.where(square_K > 0, lax.rsqrt(jnp.where(square_K > 0, square_K, 1)), 0)
+
+    def weighted(weight_K):
+        return map_(lambda g: jnp.tensordot(weight_K, g, 1), gradient_K)
+
+    sums = Sums(weighted(jnp.ones_like(square_K)), square_K.sum(), weighted(inverse_K))
+    return sums, square_K
+
+
+def statistics(sums: Sums, count: int, *, population: bool) -> Statistics:
+    """The noise of the `count` examples of `sums`; see `example_statistics`."""
+    mean = map_(lambda x: x / count, sums.gradient)
+    mean_square, trace = square(mean), sums.squares / count - square(mean)
+    if not population:
+        trace *= count / (count - 1)
+        mean_square -= trace / count
+    pairs = (square(sums.direction) - count) / (count * (count - 1))
+    return Statistics(mean, mean_square, trace, pairs)
+
+
 def example_statistics(
     loss: Callable[[Any, Any], jax.Array],
     params: Any,
@@ -71,33 +111,32 @@ def example_statistics(
         raise UserError(f"{count} examples in chunks of {chunk}: 2 or more, of 1 or more.")
 
     def add(sums, examples_K):
-        gradient_K = jax.vmap(jax.grad(loss), (None, 0))(params, examples_K)
-        square_K = jax.vmap(square)(gradient_K)
-        inverse_K = jnp.where(square_K > 0, lax.rsqrt(jnp.where(square_K > 0, square_K, 1)), 0)
-
-        def weighted(weight_K):
-            return map_(lambda g: jnp.tensordot(weight_K, g, 1), gradient_K)
-
-        new = (weighted(jnp.ones_like(square_K)), square_K.sum(), weighted(inverse_K))
-        return map_(jnp.add, sums, new), None
+        return map_(jnp.add, sums, example_sums(loss, params, examples_K)[0]), None
 
     whole = count - count % chunk
-    zeros = map_(jnp.zeros_like, params)
     sums, _ = lax.scan(
         add,
-        (zeros, jnp.zeros(()), zeros),
+        no_sums(params),
         map_(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), examples),
     )
     if whole < count:
         sums, _ = add(sums, map_(lambda x: x[whole:], examples))
-    total, squares, directions = sums
-    mean = map_(lambda x: x / count, total)
-    mean_square, trace = square(mean), squares / count - square(mean)
-    if not population:
-        trace *= count / (count - 1)
-        mean_square -= trace / count
-    pairs = (square(directions) - count) / (count * (count - 1))
-    return Statistics(mean, mean_square, trace, pairs)
+    return statistics(sums, count, population=population)
+
+
+def jackknife(square_N: np.ndarray, along_N: np.ndarray, mean_square: float) -> float:
+    """The standard error of a sample's B_simple, from leaving out one example at a time.
+
+    `square_N` are the examples' |g|^2, `along_N` their products with the mean gradient, whose own
+    square, the biased one, is `mean_square`. Source: Efron and Stein 1981.
+    """
+    square_N, along_N = (np.asarray(x, float) for x in (square_N, along_N))
+    count = len(square_N)
+    rest = count - 1
+    mean_N = (count**2 * mean_square - 2 * count * along_N + square_N) / rest**2
+    trace_N = ((square_N.sum() - square_N) / rest - mean_N) * rest / (rest - 1)
+    ratio_N = trace_N / (mean_N - trace_N / rest)
+    return float(np.sqrt(rest * ratio_N.var()))
 
 
 def two_batch(small_square, big_square, small: int, big: int) -> tuple[Any, Any]:

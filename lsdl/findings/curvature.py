@@ -17,6 +17,7 @@ from lsdl.specimen import Specimen
 TOLERANCE = 1e-3  # an eigenvalue's residual over the largest: see `curvature.eigenpairs`
 EPSILONS = (1e-3, 5e-4)  # of Keskar's box
 SAM_RHO = 0.05
+TOP = 5  # eigenvalues, unless --top says how many
 
 
 def hessian(specimen: Specimen, arguments: Any) -> Findings:
@@ -34,7 +35,7 @@ def hessian(specimen: Specimen, arguments: Any) -> Findings:
         first, rest = jax.random.split(key)
         steps = arguments.steps
         pairs = curvature.eigenpairs(
-            product, params, top=arguments.top, key=first, steps=steps, tolerance=TOLERANCE
+            product, params, top=arguments.top or TOP, key=first, steps=steps, tolerance=TOLERANCE
         )
         more = curvature.random_starts(
             product, params, starts=arguments.starts - 1, steps=steps // 2, key=rest

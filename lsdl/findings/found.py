@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lsdl import plots
+from lsdl.page import Markup
 from lsdl.progress import Progress
 
 
@@ -19,6 +20,7 @@ class Findings:
     figures: list[plots.Figure]
     values: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    more: list[Markup] = field(default_factory=list)  # of the page, below its table
 
 
 @contextlib.contextmanager

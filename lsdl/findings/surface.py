@@ -83,38 +83,29 @@ def plane(specimen: Specimen, arguments: Any) -> Findings:
     rows = [("lowest", f"{low:.6g}"), ("highest", f"{high:.6g}")]
     if path is None and number % 2:
         rows.insert(0, ("centre", f"{loss_YX[number // 2, number // 2]:.6g}"))
-    figure = plots.heatmap(
-        loss_YX[::-1],
-        title=f"Loss of {specimen.split}",
-        x=f"direction 1 ({arguments.direction})",
-        y="direction 2",
-        columns=[float(f"{v:.3g}") for v in x[:, 0]],
-        rows=[float(f"{v:.3g}") for v in y[::-1, 0]],
-        z="loss",
-        logz=low > 0 and high > 20 * low,
-        alt=f"Loss on {number} x {number} points, from {low:.3g} to {high:.3g}",
-    )
     values = {"x": x[:, 0].tolist(), "y": y[:, 0].tolist()}
     values |= {name: z.reshape(number, number).tolist() for name, z in found.items()}
-    figures = [figure]
+    drawn, title = {}, f"Loss of {specimen.split}"
     if path is not None:
         values |= {"path": path.points_TQ.tolist(), "shares": path.shares.tolist()}
         shares = f"{path.shares[0]:.1%} and {path.shares[1]:.1%}"
         rows.append(("of the path's extent", shares))
-        figures.append(_drawn_path(path, shares))
-    lead = f"{number} x {number} points of {specimen.examples:,} examples each"
-    return Findings(lead, ("loss", "value"), rows, figures, values, notes)
-
-
-def _drawn_path(path: landscape.Path, shares: str) -> plots.Figure:
-    x_T, y_T = path.points_TQ.T
-    return plots.scatter(
-        {"checkpoints": (x_T, y_T), "the last": (x_T[-1:], y_T[-1:])},
-        title=f"The path in its plane: {shares}",
-        x="direction 1 (pca)",
+        title += f", and the path of {len(path.points_TQ)} checkpoints"
+        drawn = dict(points={"checkpoints": path.points_TQ.T}, path=True)
+    figure = plots.heatmap(
+        loss_YX,
+        title=title,
+        x=f"direction 1 ({arguments.direction})",
         y="direction 2",
-        alt=f"{len(x_T)} checkpoints in the plane of most extent",
+        columns=[float(f"{v:.3g}") for v in x[:, 0]],
+        rows=[float(f"{v:.3g}") for v in y[:, 0]],
+        z="loss",
+        logz=low > 0 and high > 20 * low,
+        alt=f"Loss on {number} x {number} points, from {low:.3g} to {high:.3g}",
+        **drawn,
     )
+    lead = f"{number} x {number} points of {specimen.examples:,} examples each"
+    return Findings(lead, ("loss", "value"), rows, [figure], values, notes)
 
 
 def _around(coordinates: np.ndarray, number: int) -> np.ndarray:
