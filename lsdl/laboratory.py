@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lsdl import rundir, verdict
+from lsdl import book, rundir, verdict
 from lsdl.errors import UserError, nearest
 from lsdl.studies.claim import Cell, Claim, Expected
 
@@ -347,9 +347,23 @@ def told_full(name: str, seeds: int, root: Path) -> str:
     return "\n".join(lines if len(lines) > 1 else [*lines, "# nothing to run at full scale"])
 
 
-def write_index(outcomes: Sequence[Outcome], failed: Mapping[str, Exception], root: Path) -> Path:
-    """The page that links the reports."""
-    page = verdict.index_page([outcome.folder for outcome in outcomes], failed=failed)
+def write_book(
+    outcomes: Sequence[Outcome],
+    failed: Mapping[str, Exception],
+    root: Path,
+    *,
+    results: Path | None = None,
+) -> list[Path]:
+    """The page of all studies, and if asked for the same table in Markdown as `results`."""
+    folders = [outcome.folder for outcome in outcomes]
     root.mkdir(parents=True, exist_ok=True)
-    _write_text(root / "index.html", page)
-    return root / "index.html"
+    texts = {root / "report.html": book.book(folders, failed=failed)}
+    if results is not None:
+        command = f"python -m lsdl.study all --results {results}"
+        texts[results] = book.results(folders, command=command)
+    for file, text in texts.items():
+        try:
+            _write_text(file, text)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror}).") from error
+    return list(texts)

@@ -12,11 +12,12 @@ EXAMPLES = """examples:
   python -m lsdl.study run large_batch --seeds 5
   python -m lsdl.study run large_batch --scale full
   python -m lsdl.study run grokking --slow
-  python -m lsdl.study all
+  python -m lsdl.study all --results docs/results.md
 
 Every claim is printed with what was measured and what was expected: HOLDS or DOES NOT HOLD. A
 claim that does not hold is a result, and the exit code stays 0. Each study has a folder in the
-workdir with table.csv, verdict.json, figures/ and report.html. The same command again measures
+workdir with table.csv, verdict.json, figures/ and report.html, and `all` writes the workdir's
+report.html: every claim, lecture by lecture. The same command again measures
 only the cells that are not done or not the same; remove the folder to measure all once more.
 --slow adds the cells that `list` counts apart, such as grokking's transformer, to those of the
 small scale; once measured they stay in the study's table and report.
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, metavar="N", help="seeds of each setting (default: 3)")
     add("--slow", action="store_true", help="measure the slow cells too, minutes each")
     add("--workdir", type=Path, default=Path("runs/studies"), help="(default: runs/studies)")
+    add("--results", type=Path, metavar="FILE", help="all: the claims' table, in Markdown")
     return parser
 
 
@@ -68,6 +70,8 @@ def study(arguments: argparse.Namespace) -> int:
     if action == "list":
         print(laboratory.inventory(seeds))
         return FINISHED
+    if arguments.results and action != "all":
+        raise UserError(f"--results={arguments.results} is of all studies: {action} takes it not.")
     names = list(dict.fromkeys(names)) or laboratory.complete()
     for name in names:
         laboratory.find(name)
@@ -77,7 +81,8 @@ def study(arguments: argparse.Namespace) -> int:
     outcomes, failed = laboratory.run_all(names, root, seeds=seeds, slow=arguments.slow)
     if action == "all":
         print(laboratory.summary(outcomes, failed))
-        print(f"written: {laboratory.write_index(outcomes, failed, root)}")
+        written = laboratory.write_book(outcomes, failed, root, results=arguments.results)
+        print("\n".join(f"written: {file}" for file in written))
     elif failed:
         print(f"lsdl: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else FINISHED

@@ -40,37 +40,49 @@ def study_page(folder: Path) -> str:
     claims = verdict["claims"]
     held = sum(claim["holds"] for claim in claims)
     lead = f"{held} of {len(claims)} claims hold."
-    figures = []
-    for number, name in enumerate(verdict.get("figures", ()), 1):
-        svg = _trusted(folder / "figures" / f"{Path(name).name}.svg")
-        lost = element("p", f"The figure {name} is missing or not as lsdl.plots saves it.")
-        inline = plots.inline(svg, f"g{number}") if svg else ""
-        figures.append(page.figure(inline, many=len(inline) > 40_000) if svg else lost)
     return page.document(
         verdict["study"].replace("_", " "),
         element("p", verdict.get("claim", ""), class_="lead"),
         element("p", verdict.get("source", ""), class_="quiet"),
-        page.section("Verdict", element("p", lead), _claims(claims)),
-        page.section("Figures", page.row(*figures)),
+        page.section("Verdict", element("p", lead), claims_table(claims)),
+        page.section("Figures", page.row(*figures(folder, verdict, prefix="g"))),
         page.section("Measurements", *_measurements(folder / "table.csv")),
         page.section("At full scale", *_full_scale(verdict.get("full_scale", ()))),
         page.section("How it was measured", _provenance(verdict)),
     )
 
 
-def _claims(claims: Sequence[Mapping]) -> Markup:
+def figures(folder: Path, verdict: Mapping, *, prefix: str) -> list[Markup]:
+    """Each of the study's figures, for a page on which their ids start with `prefix`."""
+    drawn = []
+    for number, name in enumerate(verdict.get("figures", ()), 1):
+        svg = _trusted(folder / "figures" / f"{Path(name).name}.svg")
+        lost = element("p", f"The figure {name} is missing or not as lsdl.plots saves it.")
+        inline = plots.inline(svg, f"{prefix}{number}") if svg else ""
+        drawn.append(page.figure(inline, many=len(inline) > 40_000) if svg else lost)
+    return drawn
+
+
+def claims_table(claims: Sequence[Mapping], *, figure: Markup | str = "") -> Markup:
+    """A row for each claim; with a link to its `figure`, if that is not beside it."""
     rows = []
     for claim in claims:
-        spread = "" if claim["n"] < 2 else f" ± {_number(claim['spread'], 2)}"
         text = Markup(
             element("div", claim["text"])
             + element("div", element("code", claim["id"]), " · ", claim["source"], class_="quiet")
         )
         holds = bool(claim["holds"])
         word = page.mark("holds" if holds else "does not hold", holds)
-        measured = _number(claim["measured"]) + spread
-        rows.append((word, text, measured, claim["expected"], claim["n"]))
-    return page.table(("verdict", "claim", "measured", "expected", "n"), rows, cards=True)
+        row = (word, text, measured(claim), claim["expected"], claim["n"])
+        rows.append((*row, figure) if figure else row)
+    head = ("verdict", "claim", "measured", "expected", "n", *(("",) if figure else ()))
+    return page.table(head, rows, cards=True)
+
+
+def measured(claim: Mapping) -> str:
+    """The mean, and over several values their spread."""
+    spread = "" if claim["n"] < 2 else f" ± {_number(claim['spread'], 2)}"
+    return _number(claim["measured"]) + spread
 
 
 def _number(value: float | None, digits: int = 5) -> str:
@@ -147,25 +159,3 @@ def _trusted(file: Path) -> str | None:
             if link or far or name.startswith("on"):
                 return None
     return text
-
-
-def index_page(folders: Sequence[Path], *, failed: Mapping[str, object]) -> str:
-    """The studies in `folders`, side by side, each with a link to its report."""
-    rows = []
-    for folder in map(Path, folders):
-        verdict = read_verdict(folder)
-        claims = verdict["claims"]
-        held = sum(claim["holds"] for claim in claims)
-        name = element("a", verdict["study"], href=f"{folder.name}/report.html")
-        text = Markup(
-            element("div", name) + element("div", verdict.get("claim", ""), class_="quiet")
-        )
-        lost = ", ".join(claim["id"] for claim in claims if not claim["holds"])
-        word = page.mark(f"{held} of {len(claims)} hold", held == len(claims))
-        rows.append((text, word, lost, f"{verdict.get('measured_s', 0):.1f}"))
-    rows += [(name, page.mark("failed", False), repr(why), "") for name, why in failed.items()]
-    lead = "Each claim was written down with its bound before it was measured."
-    head = ("study", "claims", "which do not hold", "seconds")
-    return page.document(
-        "Studies", element("p", lead, class_="lead"), page.table(head, rows, cards=True)
-    )

@@ -96,7 +96,7 @@ LEVELS = [
             "sweep",
             "entry",
         ),
-        *("runs", "dynamics", "foresight", "reporting", "verdict"),
+        *("runs", "dynamics", "foresight", "reporting", "verdict", "book"),
         *("specimen", "findings.found", "findings.curvature", "findings.surface"),
         *("findings.gradients", "findings.outliers", "findings.boundary", "findings.fit"),
         "surveying",

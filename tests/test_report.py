@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from lsdl import dynamics, page, plots, reporting, verdict
+from lsdl import book, dynamics, page, plots, reporting, verdict
 from lsdl import runs as kept
 from lsdl.analysis import noise
 from lsdl.files import plain
@@ -347,8 +347,8 @@ def test_a_figure_that_does_more_than_draw_is_left_out(study, inside):
     assert any("The figure one is missing" in w for w in Page(verdict.study_page(study)).words)
 
 
-def test_the_index_links_what_was_measured(study):
-    seen = checked(verdict.index_page([study], failed={"other": ValueError(EVIL)}))
+def test_the_book_holds_what_was_measured(study):
+    seen = checked(book.book([study], failed={"other": ValueError(EVIL)}))
     assert "1 of 2 hold" in seen.words
     assert "failed" in seen.words
 

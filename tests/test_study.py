@@ -212,16 +212,16 @@ def test_list_names_each_with_claim_source_and_size(toy, study):
     assert "claim:" not in out  # the module of what a study is made of is none
 
 
-def test_all_ends_with_a_summary_and_an_index(toy, study, tmp_path, monkeypatch):
+def test_all_ends_with_a_summary_and_the_book(toy, study, tmp_path, monkeypatch):
     monkeypatch.setattr(laboratory, "names", lambda: ["toy_bounds", "toy_study"])
     code, out, _ = study("all")
     assert code == 0
     assert out.splitlines()[-3].split()[:4] == ["study", "claims", "hold", "seconds"]
     assert out.splitlines()[-2].split()[:3] == ["toy_study", "3", "1"]
     assert out.splitlines()[-2].endswith("negative, lost")
-    index = (tmp_path / "w" / "index.html").read_text()
-    assert 'href="toy_study/report.html"' in index
-    assert "1 of 3 hold" in index
+    book = (tmp_path / "w" / "report.html").read_text()
+    assert 'href="toy_study/report.html"' in book
+    assert "1 of 3 hold" in book
 
 
 def test_a_study_that_fails_does_not_stop_the_others(toy, study, tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_a_study_that_fails_does_not_stop_the_others(toy, study, tmp_path, monke
     assert code == 1
     assert "no such animal" in err
     assert "toy_study  failed: RuntimeError('no such animal')" in out
-    assert "no such animal" in (tmp_path / "w" / "index.html").read_text()
+    assert "no such animal" in (tmp_path / "w" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
