@@ -12,7 +12,10 @@ GOLDEN = {
     "CLIP ViT-L/14": 427_616_513,
     "GPT-3": 174_604_259_328,
     "ImageNet-1k": 0.2107e12,
+    "ImageNet-1k, images": 1_431_167,
     "FFHQ": 0.2202e12,
+    "LAION-400M": 413e6,
+    "LAION-5B": 5.85e9,
     "Big Fantastic Database": 2_204_359_010,
     "GPT-3, half-precision weights": 349.2e9,
     "V100 of 16 GB that hold them": 22,
@@ -69,6 +72,12 @@ def test_the_lectures_agree_or_the_table_says_what_their_number_is():
     for what, words in ERR.items():
         assert words in ROWS[what].errs
         assert f"{what}: the lectures' " in table
+
+
+def test_each_discrepancy_of_the_numbers_is_named():
+    named = {one.discrepancy for one in ROWS.values()} - {""}
+    assert named == {f"D-0{i}" for i in range(1, 7)}
+    assert "the whole published bundle, not the 1,024-pixel images (D-01)" in lectures.table()
 
 
 def test_both_figures_are_printed():

@@ -34,6 +34,7 @@ class Number(NamedTuple):
     unit: str
     how: str
     errs: str = ""  # what the lectures' number is, where it is not this one
+    discrepancy: str = ""  # its number in docs/coverage.md
 
 
 def numbers() -> list[Number]:
@@ -83,6 +84,7 @@ def _sizes() -> list[Number]:
             l14,
             how="closed form",
             errs="a count that the published model does not have",
+            discrepancy="D-04",
         ),
         row("GPT-3", 175e9, gpt3().parameters, how="closed form, as in the paper's table D.1"),
         Number(
@@ -92,6 +94,15 @@ def _sizes() -> list[Number]:
             "B",
             "1.4 M images x 224 x 224 x 3 B",
             "the size neither of raw images of that side nor of their JPEG files",
+            "D-01",
+        ),
+        Number(
+            "ImageNet-1k, images",
+            1.4e6,
+            IMAGENET + 50_000 + 100_000,
+            "images",
+            "1,281,167 for training, 50,000 for validation, 100,000 for the test",
+            f"all splits together; a training sees {IMAGENET:,}",
         ),
         Number(
             "FFHQ",
@@ -100,6 +111,22 @@ def _sizes() -> list[Number]:
             "B",
             "70 k images x 1024 x 1024 x 3 B",
             "the whole published bundle, not the 1,024-pixel images",
+            "D-01",
+        ),
+        Number(
+            "LAION-400M",
+            400e6,
+            413e6,
+            "pairs",
+            "Schuhmann et al. 2021, abstract: its name is rounded",
+        ),
+        Number(
+            "LAION-5B",
+            5e9,
+            5.85e9,
+            "pairs",
+            "Schuhmann et al. 2022, abstract",
+            "its name, rounded down",
         ),
         Number(
             "Big Fantastic Database",
@@ -108,6 +135,7 @@ def _sizes() -> list[Number]:
             "sequences",
             "Jumper et al. 2021, supplement 1.2.4",
             "more than the paper's",
+            "D-02",
         ),
     ]
 
@@ -132,6 +160,7 @@ def _memory() -> list[Number]:
             "B",
             "16 B a parameter: half-precision weights and gradients, float32 copy and two moments",
             "the weights alone, which is what it takes to run the model",
+            "D-05",
         ),
         Number(
             "V100 of 16 GB for training",
@@ -140,6 +169,7 @@ def _memory() -> list[Number]:
             "GPUs",
             "2.8 TB / 16 GB, activations left out",
             "those that hold the weights",
+            "D-05",
         ),
     ]
 
@@ -163,6 +193,8 @@ def _compute() -> list[Number]:
             flops,
             "FLOPs",
             f"6 x parameters x 300 G tokens; {attention:.3g} with attention and without lookups",
+            "a number of operations, FLOPs, printed as the rate FLOPS",
+            "D-06",
         ),
         years(
             "on one V100",
@@ -231,6 +263,7 @@ def _training() -> list[Number]:
             "days",
             "a week and four days of fine-tuning (Jumper et al. 2021)",
             "rounded up: 11 days",
+            "D-03",
         ),
         Number(
             "its device-days",
@@ -303,7 +336,8 @@ def table() -> str:
             said = shown(one.said, one.unit)
         mark = ""
         if one.errs:
-            notes.append(f"[{len(notes) + 1}] {one.what}: the lectures' {said}: {one.errs}")
+            named = f" ({one.discrepancy})" if one.discrepancy else ""
+            notes.append(f"[{len(notes) + 1}] {one.what}: the lectures' {said}: {one.errs}{named}")
             mark = f" [{len(notes)}]"
         lines.append((one.what, said + mark, shown(one.computed, one.unit), one.how))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
