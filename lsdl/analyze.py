@@ -15,6 +15,7 @@ EXAMPLES = """kinds:
   norms        |w|, |gradient| and their ratio for each parameter: the table of LARS
   outliers     the examples with the highest loss, with their pictures or texts
   boundary     the classes of the plane, of a classifier with two inputs
+  volume       radius of the basin in random directions, log-volume
   diagnose     under- or overfitting, from the run's metrics alone
 
 examples:
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     kinds = ("hessian", "sharpness", "line", "plane", "interpolate", "noise", "norms")
-    kinds += ("outliers", "boundary", "diagnose")
+    kinds += ("outliers", "boundary", "volume", "diagnose")
     add("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
     add("--run", required=True, type=Path, metavar="RUN", help="the run folder")
     add("--step", type=int, metavar="K", help="of which checkpoint (default: the newest)")
@@ -60,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     add("--radius", type=float, default=1.0, metavar="R", help="of line and plane (default: 1)")
     add("--around-start", action="store_true", help="around the parameters before the first step")
     add("--recalibrate", action="store_true", help="BatchNorm's statistics anew at each point")
+    add("--directions", type=int, default=20, metavar="N", help="of volume (default: 20)")
+    add("--cut", type=float, metavar="L", help="the basin's loss (default: 0.1 above the run's)")
     add("--target", type=float, metavar="L", help="diagnose: a training loss above it is large")
     add("--to", type=Path, metavar="RUN", help="the other end of interpolate")
     add("--to-step", type=int, metavar="K", help="its step (default: the newest)")

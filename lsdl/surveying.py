@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lsdl import page
 from lsdl.errors import UserError
 from lsdl.files import check_regular, write_json, write_text
-from lsdl.findings import boundary, curvature, fit, gradients, outliers, surface
+from lsdl.findings import boundary, curvature, fit, gradients, outliers, surface, volume
 from lsdl.findings.found import Findings
 from lsdl.findings.surface import DIRECTIONS
 from lsdl.runs import Run, read_run
@@ -34,6 +34,7 @@ KINDS = {
     "norms": Kind(gradients.norms, 512),
     "outliers": Kind(outliers.outliers, 0),
     "boundary": Kind(boundary.boundary, 0),
+    "volume": Kind(volume.volume, 512),
     "diagnose": Kind(fit.diagnose, None),
 }
 
@@ -81,7 +82,14 @@ def _folder(arguments: Any) -> Path:
 
 
 def _check(arguments: Any) -> None:
-    for name, least in (("resolution", 3), ("top", 1), ("steps", 2), ("starts", 1), ("seed", 0)):
+    for name, least in (
+        ("resolution", 3),
+        ("top", 1),
+        ("steps", 2),
+        ("starts", 1),
+        ("directions", 1),
+        ("seed", 0),
+    ):
         given = getattr(arguments, name)
         if given is not None and given < least:
             raise UserError(f"--{name}={given} must be at least {least}.")

@@ -1,4 +1,4 @@
-"""`python -m lsdl.analyze` noise, norms, outliers, boundary: against each example alone."""
+"""`python -m lsdl.analyze` noise, norms, outliers, boundary, volume: against each example alone."""
 
 import base64
 import io
@@ -12,7 +12,9 @@ from jax.flatten_util import ravel_pytree
 from PIL import Image
 
 from lsdl import analyze, specimen
+from lsdl.analysis.curvature import random_like
 from lsdl.analysis.noise import jackknife
+from lsdl.analysis.volume import volume
 from lsdl.page import picture
 from tests.analyzing import analyzed, trained
 
@@ -152,10 +154,29 @@ def test_the_boundary_is_where_the_classifier_changes_its_mind(tmp_path):
     np.testing.assert_allclose(split["share"], found["share"], rtol=1e-4)
 
 
+def test_at_its_radius_the_loss_has_reached_the_cut(run, opened, tmp_path):
+    options = ("--split=valid", "--examples=40", "--directions=2", "--direction=random")
+    found, page = analyzed("volume", run, tmp_path, *options, "--cut=3")
+    (batch,) = opened.batches
+    drawn = random_like(opened.params, jax.random.fold_in(jax.random.key(0), 1))
+    flat, unravel = ravel_pytree(opened.params)
+    step = ravel_pytree(drawn)[0] / jnp.linalg.norm(ravel_pytree(drawn)[0])
+    loss, weight = opened.loss(unravel(flat + found["radii"][1] * step), batch)
+    assert float(loss / weight) == pytest.approx(3, rel=3e-3)
+    assert found["dims"] == len(flat)
+    assert found["log10_volume"] == volume(np.array(found["radii"]), len(flat)).typical
+    assert "log10 of the volume" in page
+    split, _ = analyzed("volume", run, tmp_path, *options, "--cut=3", MESH)
+    np.testing.assert_allclose(split["radii"], found["radii"], rtol=2e-3)  # the search's own
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["boundary"], "data.source=spirals"),
+        (["volume", "--cut=0.1"], "must be above the loss at the parameters"),
+        (["volume", "--direction=pca"], "random, tensor or filter"),
+        (["volume", "--directions=0"], "--directions=0 must be at least 1"),
         (["noise", "--examples=2"], "3 examples or more"),
         (["outliers", "--top=0"], "--top=0 must be at least 1"),
         (["diagnose", "--target=0"], "--target=0 must be above 0"),

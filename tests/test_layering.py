@@ -99,6 +99,7 @@ LEVELS = [
         *("runs", "dynamics", "foresight", "reporting", "verdict", "book"),
         *("specimen", "findings.found", "findings.curvature", "findings.surface"),
         *("findings.gradients", "findings.outliers", "findings.boundary", "findings.fit"),
+        "findings.volume",
         "surveying",
     ],
     [
