@@ -39,7 +39,7 @@ class Number(NamedTuple):
 
 def numbers() -> list[Number]:
     """All of them, in the lectures' order."""
-    parts = (_sizes, _memory, _compute, _training, _thresholds)
+    parts = (_sizes, _data_sets, _memory, _compute, _training, _thresholds)
     return [number for part in parts for number in part()]
 
 
@@ -72,7 +72,6 @@ def resnet50() -> architecture.Costs:
 def _sizes() -> list[Number]:
     init = lambda: AlexNet(1000).init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False)  # noqa: E731
     alexnet = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(init)))
-    pixels = lambda images, side: images * side**2 * 3  # noqa: E731
     l14 = clip_costs("l14", batch=1).parameters
     row = functools.partial(Number, unit="parameters")
     return [
@@ -87,6 +86,12 @@ def _sizes() -> list[Number]:
             discrepancy="D-04",
         ),
         row("GPT-3", 175e9, gpt3().parameters, how="closed form, as in the paper's table D.1"),
+    ]
+
+
+def _data_sets() -> list[Number]:
+    pixels = lambda images, side: images * side**2 * 3  # noqa: E731
+    return [
         Number(
             "ImageNet-1k",
             0.4e12,
