@@ -338,6 +338,12 @@ def _points(axes: Axes, points: Series, columns: Sequence, rows: Sequence, style
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
 
 
+def summary(values: Any) -> tuple:
+    """Mean, least and most over the first axis, such as the seeds: for `lines` and for `bars`."""
+    values = np.asarray(values, np.float64)
+    return values.mean(0), values.min(0), values.max(0)
+
+
 def word(value: Any) -> str:
     """A number as a reader wants it: 3 digits, k M G for thousands; anything else by str."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsdl import plots
 from lsdl.analysis import blocks, noise
 from lsdl.data.folds import folds
 from lsdl.errors import UserError
@@ -321,3 +322,10 @@ def test_claims_of_the_sizes():
     assert found["cost"].measured == 10
     table[2]["accuracy"] = [[0.5] * 8] * 2
     assert lost(judged(local_connectivity, table)) == {"enough", "more"}
+
+
+def test_a_summary_is_the_mean_between_the_extremes():
+    mean, least, most = plots.summary([[1.0, 5.0], [3.0, 4.0], [2.0, 0.0]])
+    assert (mean.tolist(), least.tolist(), most.tolist()) == ([2, 3], [1, 0], [3, 5])
+    figure = plots.bars({"He": plots.summary([0.5, 0.7])}, title="t", x="accuracy")
+    assert "0.6" in figure.svg()

@@ -264,7 +264,7 @@ def _growth(row) -> plots.Figure:
     scale_SP, cosine_SP, loss_SP = (np.array(row[n]) for n in ("noise_scale", "cosine", "loss"))
     left = plots.lines(
         {
-            "per example": _band(epochs, scale_SP),
+            "per example": (epochs, *plots.summary(scale_SP)),
             "two batches": (
                 epochs[[0, -1]],
                 [np.mean(row[f"two_batch_{m}"]) for m in ("init", "end")],
@@ -276,14 +276,14 @@ def _growth(row) -> plots.Figure:
         logy=True,
     )
     middle = plots.lines(
-        {"seeds' mean": _band(epochs, loss_SP)},
+        {"seeds' mean": (epochs, *plots.summary(loss_SP))},
         title="as the loss falls",
         x="epoch",
         y="training loss, nats",
         logy=True,
     )
     right = plots.lines(
-        {"seeds' mean": _band(epochs, cosine_SP)},
+        {"seeds' mean": (epochs, *plots.summary(cosine_SP))},
         title="and examples stop agreeing",
         x="epoch",
         y="mean cosine of two gradients",
@@ -297,7 +297,3 @@ def _growth(row) -> plots.Figure:
 
 def _degrees(cosine_SB) -> np.ndarray:
     return np.degrees(np.arccos(np.clip(np.mean(cosine_SB, 0), -1, 1)))
-
-
-def _band(x, value_SP: np.ndarray) -> tuple:
-    return x, value_SP.mean(0), value_SP.min(0), value_SP.max(0)

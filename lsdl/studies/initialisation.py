@@ -273,9 +273,8 @@ def figure(table: Sequence[dict]) -> dict:
         row = rows[f"depth-{depth}"]
         series = {}
         for name, label in names.items():
-            loss_ST = np.array(row[name])
-            xs = range(loss_ST.shape[1])
-            series[label] = (xs, loss_ST.mean(0), loss_ST.min(0), loss_ST.max(0))
+            mean_T, *limits = plots.summary(row[name])
+            series[label] = (range(len(mean_T)), mean_T, *limits)
         courses.append(
             plots.lines(
                 series,
@@ -300,11 +299,10 @@ def figure(table: Sequence[dict]) -> dict:
             )
         )
     symmetry = rows["symmetry"]
-    accuracy = {
-        "He": [100 * value for value in symmetry["accuracy_he"]],
-        "units alike": [100 * value for value in symmetry["accuracy_alike"]],
+    bars = {
+        "He": plots.summary(100 * np.array(symmetry["accuracy_he"])),
+        "units alike": plots.summary(100 * np.array(symmetry["accuracy_alike"])),
     }
-    bars = {name: (np.mean(v), min(v), max(v)) for name, v in accuracy.items()}
     return {
         "courses": plots.panels(courses, title="Depth that an initialisation reaches"),
         "gradients": plots.panels(layers, title="Every layer's gradient vanishes or explodes"),

@@ -306,21 +306,14 @@ def figure(table: Sequence[dict]) -> dict:
     )
     bars = {
         f"{label} ({tasks[f'products_{name}']} products)": {
-            task.replace("_", " "): _range(100 * np.array(tasks[f"{task}_{name}"]))
+            task.replace("_", " "): plots.summary(100 * np.array(tasks[f"{task}_{name}"]))
             for task in TASKS
         }
         for name, label in (("dense", "dense"), ("blocks", "block-diagonal"))
     }
     accuracy_SW = 100 * np.array(widths["accuracy"])
     right = plots.lines(
-        {
-            "mean, least, most": (
-                WIDTHS,
-                accuracy_SW.mean(0),
-                accuracy_SW.min(0),
-                accuracy_SW.max(0),
-            )
-        },
+        {"mean, least, most": (WIDTHS, *plots.summary(accuracy_SW))},
         title="A right-sized net for digits",
         x="hidden units",
         y="validation accuracy, %",
@@ -346,7 +339,3 @@ def figure(table: Sequence[dict]) -> dict:
         "widths": right,
         "folds": partitions,
     }
-
-
-def _range(values: np.ndarray) -> tuple[float, float, float]:
-    return values.mean(), values.min(), values.max()

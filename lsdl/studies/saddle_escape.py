@@ -190,7 +190,7 @@ def figure(table: Sequence[dict]) -> dict:
         ("limit", LIMIT["rates"], "learning rate", "No noise: the sharp limit is 0.04"),
     ):
         share_SP = 100 * np.array(rows[cell]["share"])
-        band = (xs, share_SP.mean(0), share_SP.min(0), share_SP.max(0))
+        band = (xs, *plots.summary(share_SP))
         y = "runs that end in the wide basin, %"
         shares.append(plots.lines({"mean, least, most": band}, title=title, x=x, y=y))
     return {
