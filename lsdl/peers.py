@@ -87,6 +87,8 @@ class Peers:
         """A word of this process's `StopRequest`."""
         verb, value = word.split()
         if verb == "gone":
+            with self._changed:  # whoever hears it closes its line: that is no loss
+                self._over, self._code = True, int(value)
             self._lines.send_all(word)
             time.sleep(0.1)
         elif self._id:

@@ -1,0 +1,85 @@
+"""What a process of a job does when another speaks, leaves or is lost: the lines are a list."""
+
+from unittest import mock
+
+import pytest
+
+from lsdl import peers
+from lsdl.errors import STUCK, TERMINATED, UNREACHABLE
+from lsdl.interruption import StopRequest
+
+
+class Lines:
+    """Writes down what was said, in order with the end of the process."""
+
+    def __init__(self, sockets, *, silence_s, heard, lost, beat):
+        self.heard, self.lost = heard, lost
+        self.said = []
+        self.hears = lambda word: None  # what the others do at a word
+
+    def send_all(self, word):
+        self.said.append(word)
+        self.hears(word)
+
+    def send(self, process, word):
+        self.send_all(f"{process}: {word}")
+
+    def outlast(self, seconds):
+        self.said.append("outlast")
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """`join(process, of) -> (its StopRequest, its lines)`; `end` is written down, and returns."""
+    monkeypatch.setattr(peers, "Lines", Lines)
+    monkeypatch.setattr(peers.ctypes, "CDLL", lambda name: mock.Mock())
+    monkeypatch.setattr(peers.atexit, "register", lambda work: None)
+    monkeypatch.setattr(peers.faulthandler, "dump_traceback", lambda **_: None)
+
+    def join(process, of):
+        stop = StopRequest()
+        member = peers.Peers(process, of, stop)
+        member.step = lambda: 4
+        member.join({}, silence_s=1)
+        lines = member._lines
+        end = lambda code, sentence: lines.said.append((code, sentence))  # noqa: E731
+        monkeypatch.setattr(peers, "end", end)
+        return stop, lines
+
+    return join
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_whoever_hears_of_a_second_signal_and_leaves_is_not_lost(join, process):
+    stop, lines = join(process, 2)
+    lines.hears = lambda word: lines.lost(1 - process, "its connection has closed")
+    stop.say(f"gone {TERMINATED}")
+    assert lines.said == [f"gone {TERMINATED}"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_whoever_closes_its_line_unasked_is_lost(join, process):
+    _, lines = join(process, 2)
+    lines.lost(1 - process, "its connection has closed")
+    code, sentence = lines.said[-1]
+    assert code == UNREACHABLE
+    assert sentence.startswith(f"Process {1 - process} of 2 is lost: its connection has closed.")
+
+
+def test_process_0_stays_until_the_others_have_heard_why(join):
+    """jax in the others aborts without a word once its service is gone."""
+    _, lines = join(0, 3)
+    lines.lost(2, "its connection has closed")
+    told, outlast, (code, sentence) = lines.said
+    assert (told, outlast, code) == (f"lost {sentence}", "outlast", UNREACHABLE)
+
+
+def test_who_is_behind_is_named_unless_all_are(join):
+    for steps, named in (({1: 4, 2: 4}, ""), ({1: 4, 2: 3}, "process 2, after step 3.")):
+        _, lines = join(0, 3)
+        for process, step in steps.items():
+            lines.heard(process, f"{peers.BEAT} {step}")
+        lines.heard(1, "stuck Nothing came.")
+        code, sentence = lines.said[-1]
+        assert code == STUCK
+        assert sentence.endswith(f"Behind the others: {named}" if named else "Nothing came.")
