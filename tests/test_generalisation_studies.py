@@ -1,4 +1,4 @@
-"""The studies of grokking: laws, claims on made-up tables, and cells that are slow."""
+"""The studies of grokking and double descent: laws, claims on made-up tables, and slow cells."""
 
 import json
 from types import SimpleNamespace
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from lsdl import experiment, laboratory
-from lsdl.studies import grokking
+from lsdl.studies import double_descent, grokking
 from lsdl.studies.claim import Cell, Expected
 from lsdl.studies.claim import judged as judge
 
-STUDIES = [grokking]
+STUDIES = [double_descent, grokking]
 studies = pytest.mark.parametrize("study", STUDIES, ids=lambda s: s.__name__.split(".")[-1])
 
 
@@ -177,3 +177,84 @@ def test_the_transformer_adds_its_claims_and_its_figure():
     assert list(found) == [*grokking.EXPECTED, *grokking.SLOW]
     assert found["transformer_delay"].measured == pytest.approx(10)
     assert "transformer" in grokking.figure(table)
+
+
+# --- double descent -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [3, 5, 9])
+def test_least_norm_is_the_pseudoinverse(features):
+    draw = np.random.default_rng(features)
+    z_NF, y_NC = draw.normal(size=(5, features)), draw.normal(size=(5, 2))
+    found = double_descent.least_norm(z_NF, y_NC)
+    np.testing.assert_allclose(found, np.linalg.pinv(z_NF) @ y_NC, atol=1e-9)
+
+
+def test_a_fifth_of_the_labels_is_redrawn():
+    ids, clean_NC, noisy_NC = double_descent.drawn(0)
+    assert len(set(ids.tolist())) == 300
+    assert (clean_NC.sum(1) == 1).all()
+    assert (noisy_NC.sum(1) == 1).all()
+    changed = (clean_NC != noisy_NC).any(1).mean()
+    assert changed == pytest.approx(0.2 * 0.9, abs=0.06)  # a tenth is drawn as it was
+
+
+def test_the_parameters_of_the_threshold_are_belkins():
+    assert double_descent.parameters(40) == (64 + 1) * 40 + (40 + 1) * 10
+    assert double_descent.parameters(39) < 300 * 10 < double_descent.parameters(40)
+
+
+def test_the_turns_of_a_curve():
+    assert double_descent.turns([5, 2, 1, 4, 3, 2]) == (1, 4, 2)
+    assert double_descent.turns([5, 4, 6, 3, 2]) == (4, 6, 2)
+    assert double_descent.turns([5, 2, 1]) == (5, 5, 1)  # no rise
+    assert double_descent.turns([5, 1, 2, 4]) == (1, 4, 4)  # no second descent
+
+
+def test_all_steps_at_once_are_gradient_descent(monkeypatch):
+    monkeypatch.setattr(double_descent, "EPOCH_STEPS", np.arange(4))
+    found = double_descent.epoch_risk(0)
+    assert found[0] == pytest.approx(sum(double_descent.EPOCH_ENERGY))
+    monkeypatch.setattr(double_descent, "EPOCH_STEPS", np.array([10**12]))
+    monkeypatch.setattr(double_descent, "EPOCH_NOISE", 0.0)
+    assert double_descent.epoch_risk(0)[0] == pytest.approx(0, abs=1e-9)  # no noise to fit
+    assert (np.diff(found) < 0).all()
+
+
+def descent_table(*, peak=50.0, wide=0.3, net_peak=2.0):
+    error = np.interp(np.arange(len(double_descent.FEATURES)), [0, 5], [0.6, 0.4]).tolist()
+    at = double_descent.FEATURES.index
+    error[at(100)], error[at(300)], error[at(8_000)] = 0.4, peak, wide
+    features = {"model": "features"}
+    for kind in ("clean", "noise"):
+        features |= {f"{n}_{kind}": [error] * 3 for n in ("error", "wrong", "norm")}
+    nets = [
+        {
+            "model": "net",
+            "size": width,
+            "error": [[0.9, net_peak if width == 40 else 1.0 if width < 40 else 0.8]] * 3,
+            "wrong": [[50.0, 20.0, 30.0, 25.0]] * 3,
+            "train_loss": [[0.5, 0.1]] * 3,
+        }
+        for width in double_descent.WIDTHS
+    ]
+    count = len(double_descent.EPOCH_STEPS)
+    risk = np.interp(np.arange(count), [0, 20, 40, count], [2, 1, 1.5, 0.5]).tolist()
+    return [*nets, features, {"model": "epochs", "risk": [risk] * 3}]
+
+
+def test_claims_of_the_descents():
+    found = judged(double_descent, descent_table())
+    assert all(claim.holds for claim in found.values())
+    assert found["peak_clean"].measured == 300
+    assert found["height_noise"].measured == pytest.approx(125)
+    assert found["second_clean"].measured == pytest.approx(0.75)
+    assert found["net_peak"].measured == pytest.approx(2)
+    assert found["net_second"].measured == pytest.approx(0.4)
+    assert found["epoch_rise"].measured == pytest.approx(1.5)
+    assert found["net_epochs"].measured == pytest.approx(5)
+    assert found["net_epochs"].n == 3
+    found = judged(double_descent, descent_table(peak=0.2, wide=0.5, net_peak=0.9))
+    lost = {id for id, claim in found.items() if not claim.holds}
+    assert lost >= {"peak_clean", "height_noise", "second_clean", "net_peak"}
+    assert set(double_descent.figure(descent_table())) == {"features", "nets", "epochs"}
