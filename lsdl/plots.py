@@ -277,12 +277,14 @@ def heatmap(
     numbers: bool | None = None,
     points: Series | None = None,
     path: bool = False,
+    limits: tuple[float, float] | None = None,
     alt: str = "",
 ) -> Figure:
     """`values[row][column]` as colours; `numbers` writes them too, by default where they fit.
 
     `points`: {label: (xs, ys)} on top, in the units of `columns` and `rows`, which are then rising
     numbers; as a line from one to the next if they are a `path`.
+    `limits`: the values of the first and the last colour, for panels that are compared.
     """
     grid = np.ma.masked_invalid(np.array(values, np.float64))
     if logz:
@@ -298,13 +300,14 @@ def heatmap(
             _nothing(axes)
             return
         limit = float(abs(grid).max()) or 1.0
-        limits = {"vmin": -limit, "vmax": limit} if diverging else {}
+        low, high = limits or ((-limit, limit) if diverging else (None, None))
         mesh = axes.pcolormesh(
             grid,
             cmap="RdBu_r" if diverging else "viridis",
             norm="log" if logz else None,
             rasterized=grid.size > 256,
-            **limits,
+            vmin=low,
+            vmax=high,
         )
         bar = axes.figure.colorbar(mesh, ax=axes, label=z)
         bar.outline.set_visible(False)

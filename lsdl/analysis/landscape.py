@@ -182,6 +182,17 @@ def barrier(x_P: np.ndarray, loss_P: np.ndarray) -> float:
     return float((loss_P[inside] - straight).max())
 
 
+def bent_down(loss_P: np.ndarray, *, rounding: float = 1e-5) -> float:
+    """The share of a slice's inner points that lie above the straight line of their neighbours.
+
+    A convex function's slices have none; none proves nothing. What is less than `rounding`, of 1
+    plus the loss, is not counted.
+    """
+    loss_P = np.asarray(loss_P, np.float64)
+    second_P = loss_P[2:] - 2 * loss_P[1:-1] + loss_P[:-2]
+    return float((second_P < -rounding * (1 + np.abs(loss_P[1:-1]))).mean())
+
+
 def cosine(a: Any, b: Any) -> float:
     """Of the angle between two directions."""
     return float(dot(a, b) / jnp.sqrt(dot(a, a) * dot(b, b)))

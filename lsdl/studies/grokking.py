@@ -27,8 +27,8 @@ SOURCE = (
     "Lecture on loss surfaces: grokking; Power et al. 2022, Grokking: generalization beyond "
     "overfitting on small algorithmic datasets (arXiv:2201.02177)"
 )
-_POWER = "Power et al. 2022, figure 1: validation jumps long after training is fit"
-_DECAY = "Power et al. 2022, section 3.3: weight decay makes it generalise"
+_POWER = "Power et al. 2022: validation jumps long after training is fit"
+_DECAY = "Power et al. 2022: weight decay makes it generalise"
 _RELU = "ReLU net of 256 on a + b mod 53, 40% of the pairs"
 _QUADRATIC = "quadratic net of 128 on a + b mod 31, 50% of the pairs"
 EXPECTED = {
@@ -73,8 +73,8 @@ SLOW = {
 FIT, GROKKED = 99.0, 95.0  # percent of the training and of the valid pairs
 TRANSFORMER = "configs/modular_transformer.py"
 PUBLISHED = (
-    "training near perfect before 1e3 steps, valid near 1e6 (Power et al. 2022, figure 1, "
-    "a / b mod 97, half of the pairs)"
+    "training near perfect before 1e3 steps, valid near 1e6 (Power et al. 2022, a / b mod 97, half "
+    "of the pairs)"
 )
 
 
