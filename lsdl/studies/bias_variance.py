@@ -204,7 +204,8 @@ def figure(table: Sequence[dict]) -> dict:
         )
         for d in SHOWN
     ]
+    alt = "Bias falls and variance rises with the degree, the other way round with the penalty."
     return {
-        "terms": plots.panels(drawn, title="Bias, variance and noise add up to the error"),
+        "terms": plots.panels(drawn, title="Bias, variance and noise add up to the error", alt=alt),
         "fits": plots.panels(panels, title="Fits to six data sets"),
     }

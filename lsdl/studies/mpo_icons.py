@@ -206,7 +206,8 @@ def figure(table: Sequence[dict]) -> dict:
         logy=True,
         levels={"clipped above": CLIP},
     )
+    alt = "Loss and accuracy on validation digits show the icon that the plane was trained for."
     return {
-        "heart": plots.panels(maps, title="A heart in the loss of a digits net"),
+        "heart": plots.panels(maps, title="A heart in the loss of a digits net", alt=alt),
         "course": course,
     }
