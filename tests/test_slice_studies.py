@@ -102,10 +102,13 @@ def test_depth_counts_layers_and_skips_cost_no_parameter():
 
 def test_each_filter_of_a_direction_is_as_long_as_the_nets_own():
     params = skips.initial(6, True, jax.random.key(0))
-    found = skips.direction(params, jax.random.key(1))
-    length = lambda tree: np.linalg.norm(tree["blocks"]["first"]["kernel"], axis=1)  # noqa: E731
-    np.testing.assert_allclose(length(found), length(params), rtol=1e-5)
-    assert length(found).shape == (2, 32)
+    found = skips.directions(params, jax.random.split(jax.random.key(1)))
+    length = lambda tree: np.linalg.norm(tree["blocks"]["first"]["kernel"], axis=-2)  # noqa: E731
+    for own in length(found):
+        np.testing.assert_allclose(own, length(params), rtol=1e-5)
+    assert length(found).shape == (2, 2, 32)
+    first, second = np.asarray(found["in"]["kernel"])
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
     assert not found["blocks"]["first"]["bias"].any()
 
 

@@ -55,6 +55,15 @@ def filter_normalised(direction: Any, params: Any, dims: Dims, *, vectors: str =
     return jax.tree_util.tree_map_with_path(scale, direction, params)
 
 
+def slices(params: Any, keys_Q: jax.Array, normalised: Callable[[Any, Any], Any]) -> Any:
+    """Random directions, one for each key, as one tree `(Q, ...)`.
+
+    `normalised(direction, params)` gives each its length.
+    """
+    drawn = [normalised(random(params, key), params) for key in keys_Q]
+    return map_(lambda *leaves: jnp.stack(leaves), *drawn)
+
+
 def tensor_normalised(direction: Any, params: Any) -> Any:
     """`direction` with each array as long as the parameters' own."""
     return map_(lambda d, w: _as_long(d, w, ()), direction, params)

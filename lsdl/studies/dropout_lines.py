@@ -158,8 +158,7 @@ def _moved(params: Any, direction: Any, x: jax.Array) -> Any:
 def _directions(params: Any, key: jax.Array) -> Any:
     """Those of all slices, `(Q, ...)`."""
     keys_Q = jax.random.split(stream(key, "slices"), SLICES)
-    drawn = (landscape.random(params, key) for key in keys_Q)
-    return _stacked([landscape.tensor_normalised(own, params) for own in drawn])
+    return landscape.slices(params, keys_Q, landscape.tensor_normalised)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
@@ -273,7 +272,7 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
     for word, row in words.items():
         for split, label in (("train", "training"), ("valid", "valid")):
             value_SP = np.mean(row[f"{split}_end"], 1)
-            both[f"{label}, {word}"] = (x_P, value_SP.mean(0), value_SP.min(0), value_SP.max(0))
+            both[f"{label}, {word}"] = (x_P, *plots.summary(value_SP))
     noisy = {
         "masks drawn at each point": (x_P, dropped["noisy_end"][0][0]),
         "no dropout in evaluation": (x_P, dropped["train_end"][0][0]),

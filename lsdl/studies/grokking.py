@@ -262,7 +262,7 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
     decays = DECAYS["quadratic"][1:]
     delay_WS = np.stack([_delay(rows["quadratic", decay]) for decay in decays])
     figures["decay"] = plots.lines(
-        {"seeds' mean": (decays, delay_WS.mean(1), delay_WS.min(1), delay_WS.max(1))},
+        {"seeds' mean": (decays, *plots.summary(delay_WS.T))},
         title="The delay falls with the weight decay, quadratic net",
         x="weight decay",
         y="steps from fit to jump",
@@ -283,5 +283,4 @@ def _curves(row: Mapping[str, Any], bare: Mapping[str, Any] | None, title: str) 
 
 
 def _band(row: Mapping[str, Any], name: str) -> tuple:
-    value_ST = np.array(row[name])
-    return row["step"], value_ST.mean(0), value_ST.min(0), value_ST.max(0)
+    return row["step"], *plots.summary(row[name])

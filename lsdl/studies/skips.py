@@ -102,13 +102,12 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     shape = {"size": BATCH, "steps": EPOCHS * (len(train.label_N) // BATCH)}
     ids = np.stack([digits.batches(s, len(train.label_N), **shape) for s in range(seeds)])
     params_S, right_S = _trained(depth, skip, digits.keys(seeds), ids)
-    slices = jnp.asarray(landscape.line(-RADIUS, RADIUS, POINTS)[:, 0], jnp.float32)
     each = [jax.tree.map(lambda leaf, s=s: leaf[s], params_S) for s in range(seeds)]
-    own_SQ = _stacked([_directions(*at) for at in zip(each, digits.keys(seeds), strict=True)])
-    loss_SQP = _slices(skip, params_S, own_SQ, slices)
-    row = {"accuracy": np.asarray(right_S).tolist(), "loss": np.asarray(loss_SQP).tolist()}
+    keys = digits.keys(seeds)
+    loss_SQP = [_slices(skip, *at).tolist() for at in zip(each, keys, strict=True)]
+    row = {"accuracy": np.asarray(right_S).tolist(), "loss": loss_SQP}
     if depth == PLANE:
-        row["plane"] = _plane(skip, each[0], jax.random.key(0))
+        row["plane"] = _plane(skip, each[0], keys[0])
     return row
 
 
@@ -173,50 +172,44 @@ def _trained(depth: int, skip: bool, keys_S: jax.Array, id_STB: jax.Array):
     return jax.vmap(one)(keys_S, id_STB)
 
 
-def direction(params: Any, key: jax.Array) -> Any:
-    """Random, each filter as long as the parameters' own; biases stay."""
-    return landscape.filter_normalised(landscape.random(params, key), params, DIMS)
+def directions(params: Any, keys_Q: jax.Array) -> Any:
+    """Random, each filter as long as the parameters' own, `(Q, ...)`; biases stay."""
+    normalised = functools.partial(landscape.filter_normalised, dims=DIMS)
+    return landscape.slices(params, keys_Q, normalised)
 
 
-def _directions(params: Any, key: jax.Array) -> Any:
-    """Those of all slices, `(Q, ...)`."""
-    return _stacked([direction(params, k) for k in jax.random.split(stream(key, "slices"), SLICES)])
-
-
-def _stacked(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def _slices(skip: bool, params: Any, key: jax.Array) -> np.ndarray:
+    """The training loss along `SLICES` directions, `(Q, P)`."""
+    own_Q = directions(params, jax.random.split(stream(key, "slices"), SLICES))
+    points_P = landscape.line(-RADIUS, RADIUS, POINTS)[:, 0]
+    return np.asarray(_along(skip, params, own_Q, jnp.float32(points_P)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _slices(skip: bool, params_S: Any, own_SQ: Any, points_P: jax.Array) -> jax.Array:
-    """The training loss along `SLICES` directions from each seed's parameters."""
+def _along(skip: bool, params: Any, own_Q: Any, points_P: jax.Array) -> jax.Array:
     train, _ = digits.load()
 
-    def one(args):
-        params, own_Q = args
+    def along(own):
+        def at(x):
+            return _loss(skip, jax.tree.map(lambda w, d: w + x * d, params, own), train)
 
-        def along(own):
-            def at(x):
-                return _loss(skip, jax.tree.map(lambda w, d: w + x * d, params, own), train)
+        return lax.map(at, points_P)
 
-            return lax.map(at, points_P)
-
-        return lax.map(along, own_Q)
-
-    return lax.map(one, (params_S, own_SQ))
+    return lax.map(along, own_Q)
 
 
 def _plane(skip: bool, params: Any, key: jax.Array) -> list[list[float]]:
     """The training loss on the plane of two directions, `rows[y][x]`."""
     train, _ = digits.load()
     axis = landscape.line(-RADIUS, RADIUS, PLANE_POINTS)
-    directions = [direction(params, k) for k in jax.random.split(stream(key, "plane"))]
+    own_Q = directions(params, jax.random.split(stream(key, "plane")))
+    pair = [jax.tree.map(lambda leaf, q=q: leaf[q], own_Q) for q in range(2)]
 
     def sums(variables, batch):
         return {"loss": _loss(skip, variables["params"], batch), "weight": jnp.array(1.0)}
 
     points_PQ = landscape.grid(axis, axis)
-    found = landscape.surface(sums, {"params": params}, directions, points_PQ, [train])
+    found = landscape.surface(sums, {"params": params}, pair, points_PQ, [train])
     return found["loss"].reshape(PLANE_POINTS, PLANE_POINTS).tolist()
 
 
@@ -311,7 +304,7 @@ def _over_depth(rows: Mapping, names: Mapping[str, str]) -> plots.Figure:
         found = {}
         for kind, name in names.items():
             value_DS = np.array([value_of(rows[depth, kind]) for depth in DEPTHS])
-            found[name] = (DEPTHS, value_DS.mean(1), value_DS.min(1), value_DS.max(1))
+            found[name] = (DEPTHS, *plots.summary(value_DS.T))
         return found
 
     y = "length with loss < minimum + 1"
