@@ -334,7 +334,12 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
             {"valid": (count_H, *_median(wrong_SH))}, title="Wrong", y="valid error, %", **axes
         ),
     ]
-    figures["nets"] = plots.panels(pair, title="ReLU nets of one layer, 20% label noise")
+    figures["nets"] = plots.panels(
+        pair,
+        title="ReLU nets of one layer, 20% label noise",
+        alt="The squared error rises up to the threshold and falls after it; the share of wrong "
+        "digits falls all along.",
+    )
     steps = EVERY * np.arange(1, wrong_ST.shape[1] + 1)
     left = plots.lines(
         {"medians of the seeds": (EPOCH_STEPS, *_median(epochs["risk"]))},

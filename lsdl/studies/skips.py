@@ -293,8 +293,16 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
         for kind, name in names.items()
     ]
     return {
-        "planes": plots.panels(planes, title="Loss planes around the minimum"),
-        "slices": plots.panels(slices, title="Slices of one seed"),
+        "planes": plots.panels(
+            planes,
+            title="Loss planes around the minimum",
+            alt="With skips a wide smooth bowl; without, a small uneven patch between cliffs.",
+        ),
+        "slices": plots.panels(
+            slices,
+            title="Slices of one seed",
+            alt="Without skips the loss bends up and down and reaches millions of nats.",
+        ),
         "depth": _over_depth(rows, names),
     }
 
@@ -330,4 +338,5 @@ def _over_depth(rows: Mapping, names: Mapping[str, str]) -> plots.Figure:
             ),
         ],
         title="Depth with and without skip connections",
+        alt="With depth, nets without skips lose accuracy and their minima are narrow and rough.",
     )
