@@ -1,6 +1,32 @@
-"""Flat and sharp minima: where the rate and the batch let the curvature end."""
+"""Flat and sharp minima: where the rate and the batch let the curvature end.
 
-from lsdl.studies.claim import Expected
+Descent: a 64-64-64-10 tanh net on the first 512 training digits, mean squared error to one-hot
+labels, 5,000 steps of plain gradient descent, full-batch or on batches of 16, at one rate. At least
+four seeds, since the gap in accuracy is small.
+
+Keskar's recipe: a 64-64-64-10 ReLU net on all training digits, cross-entropy, Adam at 1e-3, until
+the train loss is 0.01, looked at every 10 steps.
+
+Shape letters: N digits, D pixels, C classes, S seeds, T steps, B batch,
+R looks at the train loss.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from lsdl import plots
+from lsdl.analysis import descent, sharpness
+from lsdl.models.mlp import Mlp
+from lsdl.studies import digits
+from lsdl.studies.claim import Cell, Claim, Expected, judged
 
 CLAIM = (
     "A small batch ends in a flatter minimum that generalises better; full-batch descent ends "
@@ -16,7 +42,7 @@ _FLAT = "lecture on optimisation and regularisation: flat and sharp minima; Kesk
 _NEGATIVE = "Keskar et al. 2017, tables 2 and 3, which had a gap: an honest negative on digits"
 EXPECTED = {
     "edge_0.2": Expected(
-        "lambda_max rate / 2 after full-batch descent at 0.2, tanh net on 512 digits, half the "
+        "lambda_max rate / 2 after full-batch descent at 0.2, tanh net on 512 digits, mean "
         "squared error",
         _EDGE,
         low=0.95,
@@ -60,3 +86,246 @@ EXPECTED = {
         high=0.5,
     ),
 }
+RATES = (0.2, 0.4)
+SMALL = 16
+EXAMPLES, STEPS, LOOKS = 512, 5_000, 20
+KESKAR_LOSS, KESKAR_RATE, KESKAR_STEPS, EVERY = 0.01, 1e-3, 3_000, 10
+EPSILON = 1e-3  # of Keskar's box
+LEAST_SEEDS = 4
+HIDDEN = (64, 64)
+# Keskar et al. 2017, tables 2 and 3, C1: test accuracy and phi(1e-3), batch 256 and 10% of the data
+PUBLISHED = {256: "80.04% test accuracy, phi 28.6", 5000: "77.26% test accuracy, phi 707"}
+
+
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """A batch and a rate each, all seeds together; at full scale Keskar's C1 on a ResNet's data."""
+    if scale == "full":
+        adam = {"optim.name": "adam", "optim.schedule.peak": KESKAR_RATE}
+        return [
+            Cell(
+                f"c1_{batch}",
+                {"their_model": "C1, a shallow AlexNet"},
+                "configs/cifar10_resnet.py:20",
+                {"batch_size": batch, **adam},
+                published,
+            )
+            for batch, published in PUBLISHED.items()
+        ]
+    count = max(seeds, LEAST_SEEDS)
+    found = [
+        Cell(f"{name}-{rate:g}", {"recipe": "descent", "rate": rate, "batch": name, "seeds": count})
+        for rate in RATES
+        for name in ("full", "small")
+    ]
+    return found + [
+        Cell(f"keskar-{name}", {"recipe": "keskar", "batch": name, "seeds": count})
+        for name in ("full", "small")
+    ]
+
+
+def measure(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Lists by seed."""
+    recipe, name, seeds = (cell.settings[key] for key in ("recipe", "batch", "seeds"))
+    train, valid = digits.load()
+    if recipe == "descent":
+        train = digits.Split(*(leaf[:EXAMPLES] for leaf in train))
+        net, tx, steps = Net("tanh"), optax.sgd(cell.settings["rate"]), STEPS
+    else:
+        net, tx, steps = Net("relu"), optax.adam(KESKAR_RATE), KESKAR_STEPS
+    keys_S = digits.keys(seeds)
+    start_S = jax.jit(jax.vmap(net.init))(keys_S)
+    ids = _ids(name, seeds, len(train.label_N), steps)
+    run = _descended if recipe == "descent" else _stopped
+    end_S, row = run(net, tx, start_S, train, ids)
+    loss = functools.partial(net.loss, split=train)
+    eigen = jax.vmap(lambda p, key: descent.largest_eigenvalue(loss, p, key))
+    row |= {
+        "train_loss": jax.vmap(loss)(end_S),
+        "valid": 100 * jax.vmap(functools.partial(net.accuracy, split=valid))(end_S),
+        "curvature": jax.jit(eigen)(end_S, keys_S),
+    }
+    row = {key: np.array(value, float).tolist() for key, value in row.items()}
+    return row | {"phi": _phi(loss, end_S)}
+
+
+class Net:
+    """Two hidden layers of 64. tanh: the mean squared error; ReLU: the cross-entropy."""
+
+    def __init__(self, activation: str):
+        self._model = Mlp(HIDDEN, 10, activation)
+        self._squared = activation == "tanh"
+
+    def init(self, key: jax.Array) -> Any:
+        return self._model.init(key, jnp.zeros((1, 64)), train=False)["params"]
+
+    def logits(self, params: Any, x_ND: jax.Array) -> jax.Array:
+        return self._model.apply({"params": params}, x_ND, train=False)
+
+    def loss(self, params: Any, split: digits.Split) -> jax.Array:
+        """The mean over digits; of the squared error over classes as well."""
+        logits_NC = self.logits(params, split.x_ND)
+        if self._squared:
+            away_NC = logits_NC - jax.nn.one_hot(split.label_N, 10)
+            return (away_NC**2).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits_NC, split.label_N).mean()
+
+    def accuracy(self, params: Any, split: digits.Split) -> jax.Array:
+        return (self.logits(params, split.x_ND).argmax(-1) == split.label_N).mean()
+
+
+def _ids(name: str, seeds: int, count: int, steps: int) -> np.ndarray:
+    """`(S, T, B)`; of the full batch no ids, `(S, T, 0)`."""
+    if name == "full":
+        return np.zeros((seeds, steps, 0), np.int32)
+    draws = [digits.batches(seed, count, size=SMALL, steps=steps) for seed in range(seeds)]
+    return np.stack(draws).astype(np.int32)
+
+
+def _gradient(net: Net, train: digits.Split):
+    """The gradient on the digits of some ids, or on all for none."""
+    return lambda params, id_B: jax.grad(net.loss)(
+        params, digits.rows(train, id_B) if id_B.size else train
+    )
+
+
+def _descended(net: Net, tx, start_S: Any, train: digits.Split, id_STB: np.ndarray):
+    """The parameters after all steps; train loss and lambda_max on the way, `(S, LOOKS + 1)`."""
+    gradient = _gradient(net, train)
+    loss = functools.partial(net.loss, split=train)
+
+    def look(params):
+        key = jax.random.key(0)
+        return loss(params), descent.largest_eigenvalue(loss, params, key, steps=20)
+
+    def some(params, id_TB):
+        (params, _), _ = descent.descend(tx, gradient, params, id_TB, record=descent.nothing)
+        return params, look(params)
+
+    def one(params, id_TB):
+        chunks = id_TB.reshape(LOOKS, STEPS // LOOKS, id_TB.shape[-1])
+        end, later = lax.scan(some, params, chunks)
+        joined = lambda first, rest: jnp.concatenate([first[None], rest])  # noqa: E731
+        return end, jax.tree.map(joined, look(params), later)
+
+    end_S, (loss_SR, curvature_SR) = jax.jit(jax.vmap(one))(start_S, jnp.asarray(id_STB))
+    return end_S, {"losses": loss_SR, "curvatures": curvature_SR}
+
+
+def _stopped(net: Net, tx, start_S: Any, train: digits.Split, id_STB: np.ndarray):
+    """The parameters when the train loss was first seen at `KESKAR_LOSS`, and the steps to it."""
+    gradient = _gradient(net, train)
+
+    def some(carry, id_TB):
+        params, state, steps = carry
+        later, _ = descent.descend(tx, gradient, params, id_TB, state=state, record=descent.nothing)
+        done = net.loss(params, train) <= KESKAR_LOSS
+        kept = jax.tree.map(lambda old, new: jnp.where(done, old, new), (params, state), later)
+        return (*kept, steps + jnp.where(done, 0, EVERY)), None
+
+    def one(params, id_TB):
+        chunks = id_TB.reshape(KESKAR_STEPS // EVERY, EVERY, id_TB.shape[-1])
+        (end, _, steps), _ = lax.scan(some, (params, tx.init(params), 0), chunks)
+        return end, steps
+
+    end_S, step_S = jax.jit(jax.vmap(one))(start_S, jnp.asarray(id_STB))
+    return end_S, {"steps": step_S}
+
+
+def _phi(loss, params_S: Any) -> list[float]:
+    """Keskar's phi of each net, in the whole space."""
+    program = jax.jit(jax.value_and_grad(loss))
+
+    def at(params):
+        value, gradient = program(params)
+        return float(value), gradient
+
+    count = len(jax.tree.leaves(params_S)[0])
+    nets = [jax.tree.map(lambda x, i=i: x[i], params_S) for i in range(count)]
+    return [sharpness.box(at, params, epsilon=EPSILON).phi for params in nets]
+
+
+def claims(table: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """One value for each seed."""
+    row = {(r["recipe"], r.get("rate"), r["batch"]): r for r in table}
+    values: dict[str, Any] = {}
+    for rate in RATES:
+        full, small = (row["descent", rate, name] for name in ("full", "small"))
+        curvature, valid = np.array(full["curvature"]), np.array(small["valid"])
+        values[f"edge_{rate:g}"] = sharpness.edge(curvature, rate)
+        values[f"flatter_{rate:g}"] = np.array(small["curvature"]) / curvature
+        values[f"valid_{rate:g}"] = valid - full["valid"]
+    full, small = (row["descent", RATES[0], name] for name in ("full", "small"))
+    values["phi"] = np.array(full["phi"]) / small["phi"]
+    full, small = (row["keskar", None, name] for name in ("full", "small"))
+    values["keskar_phi"] = np.array(full["phi"]) / small["phi"]
+    values["keskar_valid"] = np.array(small["valid"]) - full["valid"]
+    return judged(EXPECTED, values)
+
+
+def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
+    """lambda_max on the way; accuracy against it; Keskar's phi beside the published one."""
+    return {"edge": _edge(table), "gap": _gap(table)}
+
+
+BATCHES = {"full": "full batch", "small": f"batches of {SMALL}"}
+
+
+def _edge(table: Sequence[Mapping[str, Any]]) -> plots.Figure:
+    step_R = np.arange(LOOKS + 1) * (STEPS // LOOKS)
+    panels = []
+    for rate in RATES:
+        series = {}
+        for row in table:
+            if row.get("rate") == rate:
+                value_SR = np.array(row["curvatures"])
+                band = value_SR.mean(0), value_SR.min(0), value_SR.max(0)
+                series[BATCHES[row["batch"]]] = (step_R, *band)
+        panels.append(
+            plots.lines(
+                series,
+                title=f"The curvature at a rate of {rate:g}",
+                x="step",
+                y="lambda_max",
+                levels={"2 / rate": 2 / rate},
+            )
+        )
+    return plots.panels(
+        panels,
+        title="Full-batch descent ends at the edge of stability",
+        alt="lambda_max rises to 2 / rate with the full batch and stays below with small ones.",
+    )
+
+
+def _gap(table: Sequence[Mapping[str, Any]]) -> plots.Figure:
+    rows = [row for row in table if row["recipe"] == "descent"]
+    points = {
+        f"{BATCHES[row['batch']]}, rate {row['rate']:g}": (row["curvature"], row["valid"])
+        for row in rows
+    }
+    left = plots.scatter(
+        points,
+        title="Flatter and better, at one rate",
+        x="lambda_max at the end",
+        y="valid accuracy, %",
+    )
+    phi = {
+        f"digits, {BATCHES[row['batch']]}": (
+            np.mean(row["phi"]),
+            min(row["phi"]),
+            max(row["phi"]),
+        )
+        for row in table
+        if row["recipe"] == "keskar"
+    }
+    published = {"C1, batch of 256 (Keskar et al.)": 28.58, "C1, 10% of the data": 707.23}
+    right = plots.bars(
+        phi | published,
+        title="Keskar's recipe: no gap on digits",
+        x="phi(1e-3), percent",
+        logx=True,
+    )
+    return plots.panels(
+        [left, right],
+        title="Flat and sharp minima",
+        alt="Small batches end flatter and more accurate; Keskar's measure is alike on digits.",
+    )

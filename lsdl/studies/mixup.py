@@ -1,6 +1,24 @@
-"""MixUp and shifted images on digits, with clean and with noisy labels."""
+"""MixUp and shifted images on digits, with clean and with noisy labels.
 
-from lsdl.studies.claim import Expected
+The net and the training are those of the study `sam`; MixUp is the task's own, as `loss.mixup` asks
+for, and the shifts are the transform `shift:1`. Both are drawn anew for each batch.
+
+Shape letters: N examples, D pixels, V versions of the images, C classes, K draws.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsdl import plots
+from lsdl.analysis import descent
+from lsdl.data import transforms
+from lsdl.studies import digits, sam
+from lsdl.studies.claim import Cell, Claim, Expected, judged
 
 CLAIM = (
     "Mixed and shifted training images raise the accuracy on others; MixUp learns fewer wrong "
@@ -44,3 +62,143 @@ EXPECTED = {
     ),
     "noise_8": Expected("the same with alpha 8 (a negative result)", _NOISE, high=0),
 }
+ARMS = {"clean": ("plain", "mixup1", "mixup8", "shift"), "noise": ("plain", "mixup1", "mixup8")}
+ALPHA = {"plain": 0.0, "shift": 0.0, "mixup1": 1.0, "mixup8": 8.0}
+DRAWS = 1_000
+# Zhang et al. 2018, section 3.2 and Foret et al. 2021, table 4 (ResNet-32, 40% label noise).
+PUBLISHED = {
+    "clean-plain": "5.6% test error (PreAct ResNet-18)",
+    "clean-mixup": "4.2% test error (PreAct ResNet-18)",
+    "noise-plain": "68.8% test accuracy",
+    "noise-mixup": "90.0% test accuracy",
+}
+
+
+def cells(scale: str, seeds: int) -> list[Cell]:
+    """The laws of the mixing, and an arm on clean or noisy labels each, all seeds together."""
+    if scale == "full":
+        return [
+            Cell(
+                f"cifar10-{id}",
+                {"their_model": "PreAct ResNet-18" if "clean" in id else "ResNet-32"},
+                "configs/cifar10_resnet.py:32",
+                {
+                    "loss.mixup": 1.0 * ("mixup" in id),
+                    "data.label_noise": sam.NOISE * ("noise" in id),
+                },
+                published,
+            )
+            for id, published in PUBLISHED.items()
+        ]
+    arms = [(labels, arm) for labels, names in ARMS.items() for arm in names]
+    return [Cell("equation", {"arm": "equation", "draws": DRAWS})] + [
+        Cell(f"{labels}-{arm}", {"labels": labels, "arm": arm, "seeds": seeds})
+        for labels, arm in arms
+    ]
+
+
+def measure(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Accuracies in percent at each look, `(S, R)`; or what was seen of the mixing."""
+    arm = cell.settings["arm"]
+    if arm == "equation":
+        return _equation(cell.settings["draws"])
+    images, _ = digits.load()
+    image_VND = shifted() if arm == "shift" else images.x_ND[None]
+    share = sam.NOISE * (cell.settings["labels"] == "noise")
+    return sam.run(image_VND, sam.labels(share, cell.settings["seeds"]), alpha=ALPHA[arm])[1]
+
+
+class Move(NamedTuple):
+    """Takes the place of the transform's random numbers."""
+
+    down: int
+    right: int
+
+    def integers(self, *bounds: int, size: int) -> tuple[int, int]:
+        return self.down, self.right
+
+
+def shifted() -> np.ndarray:
+    """The training images, standardised, in all nine versions; the first one is unmoved."""
+    raw_ND, _ = descent.examples("digits", "train")
+    known_ND, _ = digits.load()
+    scale_D = (raw_ND.std(0) + 16e-3)[None]
+    image_HWN = raw_ND.reshape(-1, 8, 8).transpose(1, 2, 0).astype(np.uint8)
+    moves = sorted(((d, r) for d in range(3) for r in range(3)), key=lambda m: m != (1, 1))
+    found = []
+    for move in moves:
+        moved_HWN = transforms.shift(1)({"image": image_HWN}, Move(*move))["image"]
+        moved_ND = moved_HWN.transpose(2, 0, 1).reshape(len(raw_ND), -1)
+        found.append((moved_ND - raw_ND.mean(0)[None]) / scale_D)
+    assert np.allclose(found[0], known_ND.x_ND, atol=1e-5)
+    return np.stack(found).astype(np.float32)
+
+
+def _equation(draws: int) -> dict[str, Any]:
+    """The sum of the mixed labels and the share of a batch's first row, over draws of each alpha.
+
+    Only the first row's image is not zero: mixed, it is the share itself.
+    """
+    row_B = np.arange(sam.BATCH)
+    batch = {"features": jnp.asarray(row_B == 0, jnp.float32)[:, None], "label": row_B % 10}
+    found: dict[str, Any] = {"share": {}, "sum": 0.0}
+    for alpha in sorted(set(ALPHA.values()) - {0.0}):
+        keys_K = jax.random.split(jax.random.key(0), draws)
+        mixed = jax.jit(jax.vmap(lambda k, a=alpha: sam.task(a).prepare(batch, k)))(keys_K)
+        sums = np.array(mixed["label"], float).sum(-1)
+        found["share"][f"{alpha:g}"] = np.array(mixed["features"], float)[:, 0, 0].tolist()
+        found["sum"] = max(found["sum"], float(abs(sums - 1).max()))
+    return found
+
+
+def claims(table: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """One value for each seed."""
+    (law,) = (r for r in table if r["arm"] == "equation")
+    row = {(r["labels"], r["arm"]): r for r in table if r["arm"] != "equation"}
+
+    def ahead(labels, arm, name="valid"):
+        return sam.last(row[labels, arm], name) - sam.last(row[labels, "plain"], name)
+
+    share_K = np.concatenate(list(law["share"].values()))
+    return judged(
+        EXPECTED,
+        {
+            "valid_1": ahead("clean", "mixup1"),
+            "valid_8": ahead("clean", "mixup8"),
+            "valid_shift": ahead("clean", "shift"),
+            "soft_labels": law["sum"],
+            "share": max(0.0, -share_K.min(), share_K.max() - 1),
+            "memorised": -ahead("noise", "mixup1", "wrong"),
+            "noise_1": ahead("noise", "mixup1"),
+            "noise_8": ahead("noise", "mixup8"),
+        },
+    )
+
+
+LABELS = {
+    "plain": "plain SGD",
+    "mixup1": "MixUp, alpha 1",
+    "mixup8": "MixUp, alpha 8",
+    "shift": "shifts by a pixel",
+}
+
+
+def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
+    """Valid accuracy over epochs, clean and noisy, and the wrong labels that are learnt."""
+    arms = [row for row in table if row["arm"] != "equation"]
+    clean, noise = (
+        {LABELS[row["arm"]]: row for row in arms if row["labels"] == labels}
+        for labels in ("clean", "noise")
+    )
+    panels = {
+        "Clean labels": (clean, "valid"),
+        "40% random labels": (noise, "valid"),
+        "What is learnt by heart": (noise, "wrong"),
+    }
+    return {
+        "mixup": sam.accuracies(
+            panels,
+            title="MixUp and shifted images",
+            alt="Both help on clean labels; with noise MixUp is ahead until it has learnt it all.",
+        )
+    }
