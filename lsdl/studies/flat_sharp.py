@@ -215,17 +215,21 @@ def _stopped(net: Net, tx, start_S: Any, train: digits.Split, id_STB: np.ndarray
     """The parameters when the train loss was first seen at `KESKAR_LOSS`, and the steps to it."""
     gradient = _gradient(net, train)
 
-    def some(carry, id_TB):
-        params, state, steps = carry
-        later, _ = descent.descend(tx, gradient, params, id_TB, state=state, record=descent.nothing)
-        done = net.loss(params, train) <= KESKAR_LOSS
-        kept = jax.tree.map(lambda old, new: jnp.where(done, old, new), (params, state), later)
-        return (*kept, steps + jnp.where(done, 0, EVERY)), None
-
     def one(params, id_TB):
         chunks = id_TB.reshape(KESKAR_STEPS // EVERY, EVERY, id_TB.shape[-1])
-        (end, _, steps), _ = lax.scan(some, (params, tx.init(params), 0), chunks)
-        return end, steps
+
+        def some(carry):
+            (params, state), i = carry
+            return descent.descend(
+                tx, gradient, params, chunks[i], state=state, record=descent.nothing
+            )[0], i + 1
+
+        def going(carry):
+            (params, _), i = carry
+            return (net.loss(params, train) > KESKAR_LOSS) & (i < len(chunks))
+
+        (end, _), i = lax.while_loop(going, some, ((params, tx.init(params)), 0))
+        return end, i * EVERY
 
     end_S, step_S = jax.jit(jax.vmap(one))(start_S, jnp.asarray(id_STB))
     return end_S, {"steps": step_S}
