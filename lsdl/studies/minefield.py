@@ -217,7 +217,7 @@ def _scaled(normal_K: Any, params: Any) -> Any:
         jax.tree_util.keystr(keys, simple=True, separator="/")
         for keys, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
-    dims = {path: (1,) if path.endswith("kernel") else None for path in paths}
+    dims = {path: (1,) if "kernel" in path else None for path in paths}
     return jax.vmap(
         lambda normal: landscape.filter_normalised(normal, params, dims, vectors="scale")
     )(normal_K)

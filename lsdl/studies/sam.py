@@ -266,9 +266,11 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
         "accuracy": accuracies(
             {"Clean labels": (clean, "valid"), "40% random labels": (noise, "valid")},
             title="SAM and SGD",
-            alt="SAM is ahead on clean labels, and not once noisy labels are learnt by heart.",
+            alt="SAM is ahead on clean labels; with noise only until the labels are learnt by heart.",
         ),
-        "curvature": plots.bars(bars, title="The largest curvature at the end", x="lambda_max"),
+        "curvature": plots.bars(
+            bars, title="The largest curvature at the end, clean labels", x="lambda_max"
+        ),
     }
 
 
