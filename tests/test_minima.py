@@ -222,13 +222,14 @@ def test_claims_of_sam():
 
 def test_claims_of_mixup():
     table = [{"arm": "equation", "sum": 0.0, "share": {"1": [0.0, 0.5], "8": [0.4, 1.0]}}]
-    clean = {"plain": 96.0, "mixup1": 97.0, "mixup8": 97.5, "shift": 98.0}
+    clean = {"plain": 96.0, "mixup1": 97.0, "mixup8": 97.5, "shift": 98.0, "unshifted": 97.0}
     noise = {"plain": (76.0, 100.0), "mixup1": (75.0, 90.0), "mixup8": (78.0, 80.0)}
     table += [arm(valid, labels="clean", arm=name) for name, valid in clean.items()]
     table += [
         arm(valid, wrong=wrong, labels="noise", arm=name) for name, (valid, wrong) in noise.items()
     ]
     found = judged(mixup, table)
+    assert found["valid_shift"].measured == pytest.approx(1)
     assert found["memorised"].measured == pytest.approx(10)
     assert [name for name, claim in found.items() if not claim.holds] == ["noise_8"]
     table[0]["share"]["8"][1] = 1.25
@@ -237,25 +238,27 @@ def test_claims_of_mixup():
 
 def test_shifted_digits_are_the_digits_moved_by_a_pixel_each_way():
     raw_ND, _ = descent.examples("digits", "train")
-    scale_D = (raw_ND.std(0) + 16e-3)[None]
-    pixels_VN = np.round(mixup.shifted() * scale_D[None] + raw_ND.mean(0)[None, None])
-    image_VHW = pixels_VN[:, 7].reshape(9, 8, 8)
-    moves = {(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)}
+    image_VND, _ = mixup.shifted()
+    np.testing.assert_allclose(image_VND.mean((0, 1)), 0, atol=1e-3)
+    assert 0.9 < image_VND.std((0, 1)).min() <= image_VND.std((0, 1)).max() < 1.01
+    whole_VND = mixup.moved(raw_ND)
+    image_VHW = whole_VND[:, 7].reshape(9, 8, 8)
     padded_HW = np.pad(raw_ND[7].reshape(8, 8), 1)
+    moves = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     wanted = [padded_HW[1 + d : 9 + d, 1 + r : 9 + r] for d, r in moves]
     for image_HW in image_VHW:
         assert sum((image_HW == other).all() for other in wanted) == 1
-    assert (image_VHW[0] == raw_ND[7].reshape(8, 8)).all()
+    assert (whole_VND[0] == raw_ND).all()
 
 
 def test_a_step_goes_down_the_gradient_uphill_as_the_optimizers_sam_does(monkeypatch):
     """One batch of one step, by hand; Foret et al. 2021, equation 3."""
-    images, label_N = digits.load()[0]
+    (images, label_N), valid = digits.load()
     monkeypatch.setattr(sam, "LOOKS", 1)
     params_S = sam.NET.init(digits.keys(1))
     id_B = np.arange(sam.BATCH)
     given = (images[None], label_N[None], id_B[None, None], 0 * id_B[None, None], digits.keys(1))
-    found, _ = sam.train(params_S, *given, rho=0.5, alpha=0.0)
+    found, _ = sam.train(params_S, *given, valid, rho=0.5, alpha=0.0)
     gradient = jax.jit(jax.grad(sam.NET.loss))
     params, batch = jax.tree.map(lambda x: x[0], params_S), digits.rows(digits.load()[0], id_B)
     down = gradient(params, batch)

@@ -117,7 +117,12 @@ def labels(share: float, seeds: int) -> np.ndarray:
 
 
 def run(
-    image_VND: jax.Array, label_SN: np.ndarray, *, rho: float = 0.0, alpha: float = 0.0
+    image_VND: jax.Array,
+    label_SN: np.ndarray,
+    *,
+    valid: digits.Split | None = None,
+    rho: float = 0.0,
+    alpha: float = 0.0,
 ) -> tuple[Any, dict[str, Any]]:
     """All seeds' nets, and their accuracies in percent: on the labels learnt, on valid, on the
     wrong ones among the labels learnt (empty without noise).
@@ -138,6 +143,7 @@ def run(
         np.stack(ids).astype(np.int32),
         version_STB.astype(np.int32),
         keys_S,
+        valid or digits.load()[1],
         rho=rho,
         alpha=alpha,
     )
@@ -170,12 +176,13 @@ def train(
     id_STB: jax.Array,
     version_STB: jax.Array,
     keys_S: jax.Array,
+    valid: digits.Split,
     *,
     rho: float,
     alpha: float,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
     """(the nets' parameters, shares of the train, valid and wrong labels at each look `(S, R)`)."""
-    truth, valid = digits.load()
+    truth_N = digits.load()[0].label_N
     tx = optimizer(rho, id_STB.shape[1])
     mix = task(alpha)
 
@@ -197,7 +204,7 @@ def train(
 
         def look(params):
             said_N = NET.logits(params, image_VND[0]).argmax(-1)
-            wrong_N = label_N != truth.label_N
+            wrong_N = label_N != truth_N
             right_N = said_N == label_N
             return (
                 right_N.mean(),
@@ -266,7 +273,7 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
         "accuracy": accuracies(
             {"Clean labels": (clean, "valid"), "40% random labels": (noise, "valid")},
             title="SAM and SGD",
-            alt="SAM is ahead on clean labels; with noise only until the labels are learnt by heart.",
+            alt="SAM is ahead on clean labels; with noise only until it has learnt them by heart.",
         ),
         "curvature": plots.bars(
             bars, title="The largest curvature at the end, clean labels", x="lambda_max"
