@@ -294,9 +294,7 @@ def _edge(table: Sequence[Mapping[str, Any]]) -> plots.Figure:
         series = {}
         for row in table:
             if row.get("rate") == rate:
-                value_SR = np.array(row["curvatures"])
-                band = value_SR.mean(0), value_SR.min(0), value_SR.max(0)
-                series[BATCHES[row["batch"]]] = (step_R, *band)
+                series[BATCHES[row["batch"]]] = (step_R, *plots.summary(row["curvatures"]))
         panels.append(
             plots.lines(
                 series,
@@ -326,11 +324,7 @@ def _gap(table: Sequence[Mapping[str, Any]]) -> plots.Figure:
         y="valid accuracy, %",
     )
     phi = {
-        f"digits, {BATCHES[row['batch']]}": (
-            np.mean(row["phi"]),
-            min(row["phi"]),
-            max(row["phi"]),
-        )
+        f"digits, {BATCHES[row['batch']]}": plots.summary(row["phi"])
         for row in table
         if row["recipe"] == "keskar"
     }

@@ -306,8 +306,7 @@ def _sizes(row: Mapping[str, Any]) -> plots.Figure:
     for cut in CUTS:
         for name in ("good", "bad"):
             sorted_SK = np.sort(row[f"{name}_{_radius(cut)}"], axis=1)
-            band = sorted_SK.mean(0), sorted_SK.min(0), sorted_SK.max(0)
-            series[f"{name}, to a loss of {cut:g}"] = (share_K, *band)
+            series[f"{name}, to a loss of {cut:g}"] = (share_K, *plots.summary(sorted_SK))
     orders = np.mean([orders for orders, _ in _orders(row, CUTS[0])])
     radii = plots.lines(
         series,
@@ -316,9 +315,8 @@ def _sizes(row: Mapping[str, Any]) -> plots.Figure:
         y="radius, shares of the filters' lengths",
         logy=True,
     )
-    loss_SG = np.array(row["between"]["loss"])
     way = plots.lines(
-        {"seeds' mean": (row["between"]["at"], loss_SG.mean(0), loss_SG.min(0), loss_SG.max(0))},
+        {"seeds' mean": (row["between"]["at"], *plots.summary(row["between"]["loss"]))},
         title="From the good minimum (0) to the bad one (1)",
         x="share of the way",
         y="train loss, nats",

@@ -207,7 +207,10 @@ LABELS = {
 
 def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
     """Train accuracy over epochs; the valid accuracy that is left."""
-    curves = {LABELS[row["kind"]]: _band(np.array(row["train"])) for row in table}
+    curves = {
+        LABELS[row["kind"]]: (range(len(row["train"][0])), *plots.summary(row["train"]))
+        for row in table
+    }
     left = plots.lines(
         curves,
         title="All labels are learnt in the end",
@@ -217,7 +220,7 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
     share = {"true": 0, "20%": 20, "50%": 50, "100%": 100}
     rows = {row["kind"]: _learnt(row)[2] for row in table if row["kind"] in share}
     at = np.array([share[kind] for kind in rows])
-    valid = [np.array([f(v) for v in rows.values()]) for f in (np.mean, np.min, np.max)]
+    valid = plots.summary(np.stack(list(rows.values()), 1))
     right = plots.lines(
         {"digits": (at, *valid)},
         title="What is left for other images",
@@ -232,8 +235,3 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
             alt="Every kind reaches 100% of its labels; valid accuracy falls to chance.",
         )
     }
-
-
-def _band(value_SE: np.ndarray) -> tuple:
-    epoch_E = np.arange(value_SE.shape[1])
-    return epoch_E, value_SE.mean(0), value_SE.min(0), value_SE.max(0)

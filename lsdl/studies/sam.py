@@ -267,8 +267,7 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
     )
     bars = {}
     for label, row in clean.items():
-        value = row["curvature"]
-        bars[label] = (np.mean(value), min(value), max(value))
+        bars[label] = plots.summary(row["curvature"])
     return {
         "accuracy": accuracies(
             {"Clean labels": (clean, "valid"), "40% random labels": (noise, "valid")},
@@ -289,8 +288,6 @@ def accuracies(panels: Mapping[str, tuple], *, title: str, alt: str) -> plots.Fi
     for words, (rows, name) in panels.items():
         series = {}
         for label, row in rows.items():
-            value_SR = np.array(row[name])
-            band = value_SR.mean(0), value_SR.min(0), value_SR.max(0)
-            series[label] = (epoch_R, *band)
+            series[label] = (epoch_R, *plots.summary(row[name]))
         drawn.append(plots.lines(series, title=words, x="epoch", y=axis[name]))
     return plots.panels(drawn, title=title, alt=alt)
