@@ -147,7 +147,8 @@ DOORS = {
     | {"studies.conditioning", "studies.lr_regimes", "studies.sgd_conditions"}
     | {"studies.adam_minimum", "studies.explr", "studies.batch_choice"}
     | {"studies.mpo_icons", "studies.other_optimisers", "studies.initialisation"}
-    | {"studies.local_connectivity"},
+    | {"studies.local_connectivity"}
+    | {"studies.minefield", "studies.flat_sharp", "studies.random_labels", "studies.sam"},
     "flax": {"state", "losses", "components", "evaluation", "experiment"}
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
     "ml_collections": {"schema", "config", "source", "checks", "components", "recipe", "evaluation"}

@@ -275,7 +275,10 @@ def figure(table: Sequence[Mapping[str, Any]]) -> dict[str, plots.Figure]:
             alt="SAM is ahead on clean labels; with noise only until it has learnt them by heart.",
         ),
         "curvature": plots.bars(
-            bars, title="The largest curvature at the end, clean labels", x="lambda_max"
+            bars,
+            title="The largest curvature at the end, clean labels",
+            x="lambda_max",
+            alt="SAM ends at a lower lambda_max than SGD; at rho 0.5 the seeds differ widely.",
         ),
     }
 
