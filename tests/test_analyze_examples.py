@@ -42,7 +42,9 @@ def gradients(opened):
     return np.array([ravel_pytree(of(opened.params, row))[0] for row in rows], np.float64)
 
 
-def test_the_noise_is_that_of_gradients_computed_one_by_one(run, gradients, tmp_path):
+def test_the_noise_is_that_of_gradients_computed_one_by_one(run, gradients, tmp_path, monkeypatch):
+    in_memory = 16 * 4 * gradients.shape[1]  # of a batch's 96 rows 16 together
+    monkeypatch.setattr("lsdl.findings.gradients.CHUNK_BYTES", in_memory)
     found, page = analyzed("noise", run, tmp_path, "--split=valid", "--examples=40")
     mean_D, trace = gradients.mean(0), gradients.var(0, ddof=1).sum()
     square = (mean_D**2).sum() - trace / 40
