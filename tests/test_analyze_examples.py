@@ -11,11 +11,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from PIL import Image
 
-from lsdl import analyze, specimen
+from lsdl import analyze, specimen, surveying
 from lsdl.analysis.curvature import random_like
 from lsdl.analysis.noise import jackknife
 from lsdl.analysis.volume import volume
-from lsdl.page import picture
+from lsdl.page import escape, picture
 from tests.analyzing import analyzed, trained
 
 # Shape letters: N examples, D parameters.
@@ -130,6 +130,29 @@ def test_outliers_are_the_examples_sorted_by_their_loss(run, opened, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_language_models_examples_on_meshes_that_split_by_hand(tmp_path):
+    own = ("--config.batch_size=8", "--config.model.scan_layers=True")
+    run = trained(tmp_path / "gpt", "stdlib_gpt", *own)
+    options = ("--examples=12", "--split=valid")
+    found, _ = analyzed("noise", run, tmp_path, *options)
+    worst, page = analyzed("outliers", run, tmp_path, *options, "--top=3")
+    opened = specimen.opened(run, step=None, split="valid", examples=12)
+    n = worst["worst"][0]["example"]
+    token = np.asarray(opened.batches[n // 8]["token"][n % 8])
+    text = bytes(int(t) for t in token if t < 256).decode(errors="replace")
+    assert worst["worst"][0]["text"] == text
+    assert escape(text) in page
+    for mesh in ("--mesh=data=2,sequence=2,tensor=2", "--mesh=data=4,stage=2"):
+        split, _ = analyzed("noise", run, tmp_path, *options, mesh)
+        for name in ("loss", "trace", "gradient_square", "noise_scale"):
+            assert split[name] == pytest.approx(found[name], rel=1e-4), (mesh, name)
+        again, _ = analyzed("outliers", run, tmp_path, *options, "--top=3", mesh)
+        for one, other in zip(worst["worst"], again["worst"], strict=True):
+            assert other["example"] == one["example"]
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
 def test_a_large_picture_is_made_smaller():
     image_HWC = np.arange(100 * 90 * 3).reshape(100, 90, 3).astype(np.uint8)
     data = re.search(r"base64,([^\"]+)", picture(image_HWC, '"'))[1]
@@ -170,6 +193,14 @@ def test_at_its_radius_the_loss_has_reached_the_cut(run, opened, tmp_path):
     assert "log10 of the volume" in page
     split, _ = analyzed("volume", run, tmp_path, *options, "--cut=3", MESH)
     np.testing.assert_allclose(split["radii"], found["radii"], rtol=2e-3)  # the search's own
+
+
+def test_every_kind_is_known_to_the_command_line_and_told():
+    (kinds,) = (a.choices for a in analyze.parser()._actions if a.dest == "kind")
+    assert set(kinds) == set(surveying.KINDS)
+    told = analyze.parser().format_help().split("kinds:")[1].split("examples:")[0]
+    for kind in kinds:
+        assert re.search(rf"^  (line, )?{kind}\b", told, re.M) or kind == "line"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ RESULTS = ROOT / "docs" / "results.md"
 
 
 def claim(id, holds=True, **more):
-    found = {"id": id, "text": "|w| over |g|", "source": "page 7", "expected": ">= 2"}
+    found = {"id": id, "text": "|w| and a | b", "source": "page 7", "expected": ">= 2"}
     found |= {"measured": 2.5, "n": 3, "spread": 0.25, "holds": holds}
     return found | more
 
@@ -81,7 +81,7 @@ def test_the_table_in_markdown_has_what_the_verdicts_have(folders):
     assert list(found) == ["conditioning", "grokking", "something_else"]
     assert found["grokking"]["late"] == {
         "claim": "late",
-        "sentence": "|w| over |g|",
+        "sentence": "|w| and a | b",
         "source": "page 7",
         "expected": ">= 2",
         "measured": "2.5 ± 0.25",

@@ -68,8 +68,8 @@ def no_sums(params: Any) -> Sums:
 
 def example_sums(
     loss: Callable[[Any, Any], jax.Array], params: Any, examples_K: Any
-) -> tuple[Sums, jax.Array]:
-    """(the sums over examples, each one's squared gradient `(K,)`) of `loss(params, example)`."""
+) -> tuple[Sums, Any]:
+    """(the sums over examples, their gradients, stacked) of `loss(params, example)`."""
     gradient_K = jax.vmap(jax.grad(loss), (None, 0))(params, examples_K)
     square_K = jax.vmap(square)(gradient_K)
     inverse_K = jnp.where(square_K > 0, lax.rsqrt(jnp.where(square_K > 0, square_K, 1)), 0)
@@ -78,7 +78,7 @@ def example_sums(
         return map_(lambda g: jnp.tensordot(weight_K, g, 1), gradient_K)
 
     sums = Sums(weighted(jnp.ones_like(square_K)), square_K.sum(), weighted(inverse_K))
-    return sums, square_K
+    return sums, gradient_K
 
 
 def statistics(sums: Sums, count: int, *, population: bool) -> Statistics:

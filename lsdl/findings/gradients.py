@@ -17,7 +17,7 @@ from lsdl.analysis import curvature, sharpness
 from lsdl.analysis import noise as noises
 from lsdl.errors import UserError
 from lsdl.findings.found import Findings, progress
-from lsdl.sharding.mesh import BATCH_AXES
+from lsdl.sharding.mesh import batch_shards
 from lsdl.specimen import Specimen
 
 CHUNK_BYTES = 2**29  # of the gradients that are in memory together, on all devices
@@ -119,69 +119,71 @@ def example_gradients(specimen: Specimen) -> Gradients:
     sums = noises.Sums(zeros, jnp.zeros(()), zeros)
     placed = jax.tree.map(lambda x: x.sharding, zeros)
     out = (noises.Sums(placed, None, placed), None)
-    add = _adding(specimen, _rows_together(specimen))
+    add, found = _adding(specimen, _rows_together(specimen)), []
     with progress("noise", 2 * len(batches)) as bar:
-        step, square_N = specimen.program_of_rows(add, out_shardings=out), []
+        how = dict(program=specimen.program, tick=bar.advance)
+        loss, mean = sharpness.value_and_grad(specimen.loss, params, batches, **how)(params)
+        step = specimen.program_of_rows(add, out_shardings=out)
         for batch in batches:
-            sums, square_B = jax.block_until_ready(step(params, batch, sums))
-            square_N.append(np.asarray(square_B)[np.asarray(batch["weight"]) > 0])
-            bar.advance()
-        step, along_N, totals = specimen.program(_along(specimen)), [], []
-        for batch in batches:
-            along_B, total = jax.block_until_ready(step(params, batch, sums.gradient))
-            along_N.append(np.asarray(along_B)[np.asarray(batch["weight"]) > 0])
-            totals.append([float(x) for x in total])
+            # Virtual devices of one CPU starve with several programs in flight.
+            sums, of_rows = jax.block_until_ready(step(params, batch, sums, mean))
+            kept = np.asarray(batch["weight"]) > 0
+            found.append([np.asarray(values)[kept] for values in of_rows])
             bar.advance()
     count = specimen.examples
-    loss, weight = np.sum(totals, 0)
-    units = weight / count
+    weight = specimen.program(lambda params, batch: specimen.loss(params, batch)[1])
+    units = sum(float(weight(params, batch)) for batch in batches) / count  # of an example
     per_unit = noises.Sums(
         curvature.scaled(sums.gradient, 1 / units), sums.squares / units**2, sums.direction
     )
     statistics = noises.statistics(per_unit, count, population=specimen.whole)
-    squares, along = (np.concatenate(x).astype(float) for x in (square_N, along_N))
-    return Gradients(statistics, squares / units**2, along / units**2 / count, loss / weight)
+    square_N, along_N = (np.concatenate(x).astype(float) for x in zip(*found, strict=True))
+    return Gradients(statistics, square_N / units**2, along_N / units, loss)
 
 
 def _rows_together(specimen: Specimen) -> int:
     """How many rows of a batch have their gradients in memory at a time."""
-    mesh, size = specimen.experiment.mesh, specimen.experiment.batch_size
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    size, devices = specimen.experiment.batch_size, batch_shards(specimen.experiment.mesh)
     most = CHUNK_BYTES // (4 * curvature.size(specimen.params))
     fit = [n for n in range(devices, size + 1, devices) if size % n == 0 and n <= most]
     return max(fit, default=devices)
 
 
 def _adding(specimen: Specimen, rows: int) -> Callable:
-    def loss(params, example):
-        return specimen.loss(params, jax.tree.map(lambda x: x[None], example))[0]
+    copies = _copies(specimen)
 
-    def add(params, batch, sums):
+    def loss(params, example):
+        some = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), example)
+        first = (jnp.arange(copies) == 0).astype(jnp.float32)
+        return specimen.loss(params, some | {"weight": example["weight"] * first})[0]
+
+    def add(params, batch, sums, mean):
         parts = jax.tree.leaves(batch)[0].shape[0] // rows
         # Strided, so that each part is spread over all devices.
         strided = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
 
         def some(sums, examples_K):
-            new, square_K = noises.example_sums(loss, params, examples_K)
-            return jax.tree.map(jnp.add, sums, new), square_K
+            new, gradient_K = noises.example_sums(loss, params, examples_K)
+            square_K = jax.vmap(noises.square)(gradient_K)
+            along_K = jax.vmap(lambda gradient: curvature.dot(gradient, mean))(gradient_K)
+            return jax.tree.map(jnp.add, sums, new), (square_K, along_K)
 
-        sums, square_PK = lax.scan(some, sums, jax.tree.map(strided, batch))
-        return sums, square_PK.T.reshape(-1)
+        sums, found_PK = lax.scan(some, sums, jax.tree.map(strided, batch))
+        return sums, tuple(values_PK.T.reshape(-1) for values_PK in found_PK)
 
     return add
 
 
-def _along(specimen: Specimen) -> Callable:
-    """Each example's derivative along a direction, and the (loss, weight) of the batch."""
+def _copies(specimen: Specimen) -> int:
+    """How many rows the model is to see for one example, of which the first alone counts.
 
-    def along(params, batch, direction):
-        def slope(weight_B):
-            of = lambda params: specimen.loss(params, batch | {"weight": weight_B})[0]  # noqa: E731
-            return jax.jvp(of, (params,), (direction,))[1]
-
-        return jax.grad(slope)(batch["weight"]), specimen.loss(params, batch)
-
-    return along
+    Where it splits its work by hand, a batch has to be large enough to be split.
+    """
+    mesh = specimen.experiment.mesh
+    if all(mesh.shape[axis] == 1 for axis in ("sequence", "expert", "stage")):
+        return 1
+    stages = specimen.experiment.microbatches if mesh.shape["stage"] > 1 else 1
+    return batch_shards(mesh) * stages
 
 
 def norms(specimen: Specimen, arguments: Any) -> Findings:

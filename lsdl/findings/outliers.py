@@ -3,6 +3,7 @@
 Shape letters: B batch, N examples, C classes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from lsdl.specimen import Specimen
 
 MOST = 24  # examples, unless --top says how many
 LONGEST = 240  # letters of a text
+_tokenizer = functools.cache(tokenizer)  # a file, read once
 
 
 def outliers(specimen: Specimen, arguments: Any) -> Findings:
@@ -100,7 +102,7 @@ def _text(specimen: Specimen, token_L: np.ndarray) -> str:
     """The words, or where there are none the numbers of the tokens."""
     if not specimen.tokenizer:
         return " ".join(map(str, token_L[:LONGEST]))
-    text = tokenizer(specimen.tokenizer).decode(token_L.tolist())
+    text = _tokenizer(specimen.tokenizer).decode(token_L.tolist())
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
