@@ -75,7 +75,7 @@ LEVELS = [
         *("planner.activations", "planner.architecture", "planner.memory", "planner.analytic"),
         "planner.lectures",
         *("analysis.noise", "analysis.curvature", "analysis.landscape", "analysis.sharpness"),
-        *("analysis.parameter_server", "analysis.batch_statistics"),
+        *("analysis.parameter_server", "analysis.batch_statistics", "analysis.ngrams"),
         *("analysis.descent", "analysis.quadratic", "analysis.logistic", "analysis.backprop"),
         *("analysis.clock", "analysis.volume"),
         *("analysis.mixture", "analysis.evolution", "analysis.blocks"),

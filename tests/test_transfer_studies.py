@@ -1,5 +1,6 @@
 """The studies of norms, shortcuts, transfer and language: laws, and claims on made-up tables."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,12 +9,22 @@ import numpy as np
 import pytest
 
 from lsdl import laboratory
+from lsdl.analysis import ngrams
 from lsdl.errors import UserError
 from lsdl.models.layers import batch_norm, feature_norm
 from lsdl.models.mlp import Mlp
-from lsdl.studies import spurious, transfer
+from lsdl.studies import (
+    byte_lm,
+    clip_zero_shot,
+    fashion_mnist,
+    model_parallel,
+    one_weird_trick,
+    spurious,
+    transfer,
+)
 
-NAMES = ("normalisation", "spurious", "transfer")
+NAMES = ("normalisation", "spurious", "transfer", "clip_zero_shot", "byte_lm")
+NAMES += ("model_parallel", "fashion_mnist")
 studies = pytest.mark.parametrize("name", NAMES)
 
 
@@ -162,3 +173,156 @@ def test_claims_of_transfer():
     assert all(claim.holds and claim.n == 2 for claim in found.values())
     assert (found["teacher_16"].measured, found["digits_32"].measured) == (32, 1)
     assert found["few_as_many"].measured == 12
+
+
+# --- pictures and captions ------------------------------------------------------------------------
+
+
+def test_captions_name_what_the_pictures_show():
+    caption_KW = clip_zero_shot.captions()
+    assert len(np.unique(caption_KW, axis=0)) == 32
+    assert (caption_KW.sum(1) == 3).all()
+    sizes = [clip_zero_shot.mask(shape, 7).sum() for shape in clip_zero_shot.SHAPES]
+    assert sizes == [49, 37, 13, 25]
+    for k in (0, 31):
+        colour, shape, size = clip_zero_shot.COMBINATIONS[k]
+        image_HWC = clip_zero_shot.pictures([k] * 400, np.random.default_rng(k)).reshape(-1, 144, 3)
+        ink = 0.8 * clip_zero_shot.mask(shape, clip_zero_shot.SIZES[size]).sum()
+        wanted = ink * np.array(clip_zero_shot.COLOURS[colour])
+        np.testing.assert_allclose(image_HWC.sum(1).mean(0), wanted, atol=1.2)
+
+
+def test_claims_of_captions():
+    row = {"unseen_8": [77.0, 75.0], "unseen_32": [29.0] * 2, "seen_32": [74.0] * 2}
+    row |= {"untrained": [12.0] * 2, "probe": [[60.0, 65.0, 76.0, 80.0, 85.0]] * 2}
+    row |= {"probe_pixels": [[25.0, 30.0, 40.0, 50.0, 55.0]] * 2}
+    low = row | {"unseen_8": [60.0] * 2, "seen_32": [40.0] * 2}
+    table = [low | {"images": clip_zero_shot.FEW}, row | {"images": clip_zero_shot.MORE}]
+    found = judged("clip_zero_shot", table)
+    assert {id for id, claim in found.items() if not claim.holds} == {"seen_32"}
+    assert (found["one_shot"].measured, found["few_shot"].measured) == (0, 36)
+    assert found["more_unseen_8"].measured == 76
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def counted_by_hand(train: bytes, text: bytes, order: int) -> list[float]:
+    """The recursion of Witten and Bell, with dictionaries."""
+    at = lambda data, i, k: (bytes(k) + data)[i : i + k]  # noqa: E731
+    found = []
+    for i, byte in enumerate(text):
+        p = 1 / 256
+        for k in range(order + 1):
+            context = at(text, i, k)
+            after = [train[j] for j in range(len(train)) if at(train, j, k) == context]
+            if after:
+                p = (after.count(byte) + len(set(after)) * p) / (len(after) + len(set(after)))
+        found.append(-np.log2(p))
+    return found
+
+
+def test_ngrams_are_those_of_the_formula():
+    train, text = b"abracadabra, said the abbot", b"a dab, a cab"
+    arrays = [np.frombuffer(data, np.uint8) for data in (train, text)]
+    bits_KM = ngrams.bits(*arrays, order=3)
+    for order in range(4):
+        np.testing.assert_allclose(bits_KM[order], counted_by_hand(train, text, order))
+
+
+def test_ngrams_give_all_bytes_together_a_probability_of_one():
+    train_N = np.frombuffer(b"to be or not to be", np.uint8)
+    texts = [np.frombuffer(b"to b" + bytes([byte]), np.uint8) for byte in range(256)]
+    bits_K = np.array([ngrams.bits(train_N, text, order=7)[:, -1] for text in texts])
+    np.testing.assert_allclose((2**-bits_K).sum(0), 1)
+
+
+def test_bytes_that_windows_ask_for():
+    documents = [b"abc", b"", b"defgh"]  # | a b c | | d e f g h: 11 tokens
+    assert byte_lm.predicted(documents, 4) == b"abc"
+    assert byte_lm.predicted(documents, 7) == b"abcde"
+    assert byte_lm.predicted(documents, 10) == b"abcdefgh"
+    with pytest.raises(ValueError, match="have 11 tokens, and not 12"):
+        byte_lm.predicted(documents, 11)
+
+
+def test_claims_of_bytes():
+    counts = {"kind": "ngrams", "bits": [4.7, 3.5, 2.66, 2.17, 2.04, 2.03], "zlib": 1.9, "xz": 1.6}
+    gpt = {"kind": "gpt", "valid_bits": [4.0, 2.4]}
+    found = judged("byte_lm", [counts, gpt])
+    assert [id for id, claim in found.items() if not claim.holds] == ["order_5"]
+    assert found["ladder"].measured == pytest.approx(2.03 / 2.04)
+    assert found["absolute"].measured == 2.4
+
+
+# --- a grid of devices ----------------------------------------------------------------------------
+
+
+def test_the_layouts_of_a_grid():
+    assert model_parallel.layout((4, 2))["mesh"] == "data=4,tensor=2"
+    assert model_parallel.layout((8, 1)) == {"rules": "dp", "mesh": "data=8"}
+    assert model_parallel.layout((1, 1)) == {"rules": "dp", "mesh": "data=1"}
+
+
+def test_a_device_of_the_grid_holds_half_of_what_is_split():
+    whole, half = (model_parallel.held_bytes(grid) for grid in ((8, 1), (4, 2)))
+    split = 4 * (32 * 512 + 512 + 512 * 512)  # columns with their biases, then rows
+    assert whole - half == split // 2
+
+
+def test_two_batches_tell_where_the_traffic_of_a_grid_is_that_of_another():
+    assert model_parallel.crossing({30: 20.0, 10: 10.0}, 15.0) == 20
+
+
+def grid_row():
+    sizes = one_weird_trick.Sizes(1_000, 4_000, 3_000, features=10, hidden=20)
+    programs = [(grid, model_parallel.SMALL) for grid in model_parallel.GRIDS]
+    programs.append((model_parallel.GRID, model_parallel.LARGE))
+    sent = [
+        {" ".join(k): v for k, v in sizes.sent(b, data=d, tensor=t, scattered=False).items()}
+        for (d, t), b in programs
+    ]
+    return {
+        "program": [f"{d} x {t}" for (d, t), _ in programs],
+        "batch": [batch for _, batch in programs],
+        "counted": sent,
+        "predicted": sent,
+        "held_bytes": [5_000, 2_600, 2_000, 1_500, 2_600],
+        "sizes": dataclasses.asdict(sizes),
+        "distance": 1e-7,
+        "moved": 0.1,
+    }
+
+
+def test_claims_of_the_grid():
+    row = grid_row()
+    found = judged("model_parallel", [row])
+    assert found["predicted"].measured == 1
+    assert found["crossing"].measured == pytest.approx(1)
+    assert found["memory"].measured == 0.52
+    more = [{key: 1.1 * nbytes for key, nbytes in sent.items()} for sent in row["counted"]]
+    more[0] = row["counted"][0]
+    found = judged("model_parallel", [row | {"counted": more}])
+    assert found["predicted"].measured == pytest.approx(1.1)
+    assert found["crossing"].measured < 1
+
+
+# --- four optimisers ------------------------------------------------------------------------------
+
+
+def test_claims_of_the_optimisers():
+    ends = {"sgd": 1.5, "sgd_10": 0.5, "momentum": 0.5, "adam": 0.2, "adamw": 0.2}
+    table = [{"run": "net", "parameters": 79_510}]
+    table += [
+        {"run": run, "seed": seed, "end_loss": end, "accuracy": 97.0}
+        for run, end in ends.items()
+        for seed in (1, 0)
+    ]
+    found = judged("fashion_mnist", table)
+    assert all(claim.holds for claim in found.values())
+    assert found["momentum_over_sgd"].measured == pytest.approx(1 / 3)
+    assert (found["adam"].n, found["parameters"].n) == (2, 1)
+
+
+def test_the_runs_have_as_many_updates_as_ten_epochs_of_the_lectures_data():
+    assert fashion_mnist.DIGITS["total_steps"] == 10 * (55_000 // 1_024)

@@ -146,9 +146,13 @@ def cells(scale: str, seeds: int) -> list[Cell]:
 def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     if "side" in cell.settings:
         return _shares(cell.settings["side"])
-    file = folder / "found.json"
+    return on_devices("lsdl.studies.one_weird_trick", folder / "found.json")
+
+
+def on_devices(module: str, file: Path) -> dict[str, Any]:
+    """What `python -m module file` writes there, in a process with `DEVICES` virtual devices."""
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
-    command = [sys.executable, "-m", "lsdl.studies.one_weird_trick", str(file)]
+    command = [sys.executable, "-m", module, str(file)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} left with {done.returncode}: {done.stderr}")
@@ -232,25 +236,28 @@ def find() -> dict[str, Any]:
 
     On 8 devices.
     """
-    rows = [_counted(name, *program) for name, program in PROGRAMS.items()]
+    rows = [counted(name, *program) for name, program in PROGRAMS.items()]
     found = {key: [row[key] for row in rows] for key in rows[0]}
     experiment = opened(CONFIG, FIELDS | {"batch_size": SAME_BATCH})
     start = experiment.init.lower().compile(collectives.QUICK)()
-    alone = _trained(start, {"mesh": "data=1"}, devices=1)
+    alone = trained(start, {"mesh": "data=1"}, devices=1)
     away = []
     for mesh in ("data=2,tensor=4", "tensor=8"):
-        own = _trained(start, TRICK | {"mesh": mesh}, devices=DEVICES)
+        own = trained(start, TRICK | {"mesh": mesh}, devices=DEVICES)
         apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), own, alone)
         away.append(float(max(jax.tree.leaves(apart))))
     moved = jax.tree.map(lambda a, b: np.linalg.norm(a - b), alone, start.params)
     return found | {"distances": away, "moved": float(max(jax.tree.leaves(moved)))}
 
 
-def _counted(name: str, layout: Mapping[str, str], batch: int) -> dict[str, Any]:
-    fields = FIELDS | layout | {"batch_size": batch}
+def counted(
+    name: str, layout: Mapping[str, str], batch: int, *, fields: Mapping[str, Any] = FIELDS
+) -> dict[str, Any]:
+    """The bytes that a device sends in a step of the thin net, counted and predicted."""
+    fields = fields | layout | {"batch_size": batch}
     experiment = opened(CONFIG, fields, devices=DEVICES)
     rows = collectives.of_experiment(experiment)
-    counted = {f"{r['kind']} {r['axis']}": r["wire_bytes"] for r in rows if r["kind"] != "all"}
+    found = {f"{r['kind']} {r['axis']}": r["wire_bytes"] for r in rows if r["kind"] != "all"}
     sizes, axes = sizes_of(experiment.abstract_state.params), experiment.mesh.shape
     split = dict(data=axes["data"], tensor=axes["tensor"])
     as_compiled = sizes.sent(batch, **split, scattered=False)
@@ -258,18 +265,24 @@ def _counted(name: str, layout: Mapping[str, str], batch: int) -> dict[str, Any]
     return {
         "program": name,
         "batch": batch,
-        "counted": {key: nbytes for key, nbytes in counted.items() if nbytes > LEAST_BYTES},
+        "counted": {key: nbytes for key, nbytes in found.items() if nbytes > LEAST_BYTES},
         "predicted": {" ".join(key): nbytes for key, nbytes in as_compiled.items()},
         "least_bytes": least.total(),
-        "counted_dense_bytes": sizes.dense(counted, DEVICES),
+        "counted_dense_bytes": sizes.dense(found, DEVICES),
         "dense_bytes": sizes.dense_bytes,
         "sent_width": sizes.features + sizes.hidden,
     }
 
 
-def _trained(start: TrainState, layout: Mapping[str, str], *, devices: int) -> Any:
+def trained(
+    start: TrainState,
+    layout: Mapping[str, str],
+    *,
+    devices: int,
+    fields: Mapping[str, Any] = FIELDS,
+) -> Any:
     """The parameters `STEPS` steps after `start`, on the host."""
-    experiment = opened(CONFIG, FIELDS | layout | {"batch_size": SAME_BATCH}, devices=devices)
+    experiment = opened(CONFIG, fields | layout | {"batch_size": SAME_BATCH}, devices=devices)
     step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
     step = step.compile(collectives.QUICK)
     # A copy: the steps reuse their state's memory.
