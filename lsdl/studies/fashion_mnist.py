@@ -61,13 +61,14 @@ DIGITS = {
     "data.test_split": "test",
     "total_steps": 530,
 }
-TEN_TIMES = {"optim.schedule.peak": 4e-3}
+SGD = {"optim.name": "sgd"}
+# Fields in place of the config's variants: runs of one file and seed share their batches.
 RUNS = {
-    "sgd": ("sgd", {}),
-    "sgd_10": ("sgd", TEN_TIMES),
-    "momentum": ("momentum", {}),
-    "adam": ("adam", {}),
-    "adamw": ("adamw", {}),
+    "sgd": SGD,
+    "sgd_10": SGD | {"optim.schedule.peak": 4e-3},
+    "momentum": SGD | {"optim.momentum": 0.9},
+    "adam": {"optim.name": "adam"},
+    "adamw": {"optim.name": "adamw", "optim.weight_decay": 0.01},
 }
 LABELS = {"sgd": "SGD", "sgd_10": "SGD, 10 x the rate", "momentum": "momentum 0.9"}
 LABELS |= {"adam": "Adam", "adamw": "AdamW"}
@@ -86,10 +87,10 @@ def cells(scale: str, seeds: int) -> list[Cell]:
         Cell(
             f"{name}-s{seed}",
             {"run": name, "seed": seed},
-            f"{CONFIG}:{variant}",
+            CONFIG,
             DIGITS | fields | {"seed": seed},
         )
-        for name, (variant, fields) in RUNS.items()
+        for name, fields in RUNS.items()
         for seed in range(seeds)
     ]
     return [Cell("net", {"run": "net"}, CONFIG), *runs]
