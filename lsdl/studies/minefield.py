@@ -7,6 +7,7 @@ and biases that start at zero; the lectures leave that open.
 
 The orders between the volumes average log radii, as the lectures' number does: the ball with the
 typical radius. A radius below the search's limit counts as the limit, which makes them too few.
+Bad minima are near in that they have the same start; they end several times as far from it.
 
 Shape letters: N points, F = 2 coordinates, S seeds, K directions, G places of a grid.
 """

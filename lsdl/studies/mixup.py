@@ -2,7 +2,8 @@
 
 The net and the training are those of the study `sam`; MixUp is the task's own, as `loss.mixup` asks
 for, and the shifts are the transform `shift:1`. Both are drawn anew for each batch. Shifted images
-and what they are compared with are standardised by all shifted images.
+and what they are compared with are standardised by all shifted images. The claims on noise are
+about the end, where all arms have learnt the wrong labels; the figure shows how much later MixUp.
 
 Shape letters: N examples, D pixels, V versions of the images, C classes, K draws.
 """
