@@ -21,6 +21,7 @@ LEVELS = [
         "losses",
         "metrics",
         "progress",
+        "marks",
         "plots",
         "page",
         "rundir",
@@ -153,7 +154,7 @@ DOORS = {
     | {m for m in LEVEL if m.startswith(("models.", "sharding."))},
     "ml_collections": {"schema", "config", "source", "checks", "components", "recipe", "evaluation"}
     | {"notes", "experiment"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"marks", "plots"},
     "argparse": {"entry", *LEVELS[-1]},
 }
 MODULES = sorted(

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from lsdl import book, dynamics, page, plots, reporting, verdict
+from lsdl import book, dynamics, marks, page, plots, reporting, verdict
 from lsdl import runs as kept
 from lsdl.analysis import noise
 from lsdl.files import plain
@@ -412,7 +412,7 @@ def test_a_browser_shows_it(kind, runs, study, tmp_path):
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape == (1600, 1200, 3)
-    line = [int(plots.PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
+    line = [int(marks.PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
     assert (abs(pixels.astype(int) - line).max(-1) < 8).sum() > 300  # the first series' colour
 
 
