@@ -28,11 +28,12 @@ class Peers:
     def __init__(self, process_id: int, num_processes: int, stop: StopRequest):
         self._id, self._total, self._stop = process_id, num_processes, stop
         self._done: dict[int, int] = {}
-        self._steps: dict[int, int] = {}
+        self._places: dict[int, tuple[int, int]] = {}  # (step, turn) of the others
         self._changed = threading.Condition()
         self._over, self._code = False, FINISHED
         self._ending = threading.Lock()
         self.step: Callable[[], int] = lambda: 0  # the newest step that this process has sent
+        self.turn = 0  # the newest meeting that it has come to
 
     def join(self, sockets: dict, *, silence_s: float) -> None:
         """Listen to the others from here on."""
@@ -44,7 +45,7 @@ class Peers:
             silence_s=silence_s,
             heard=self._heard,
             lost=self._lost,
-            beat=lambda: str(self.step()),
+            beat=lambda: f"{self.step()} {self.turn}",
         )
         self._stop.say = self._say
         self._stop.farewell = lambda code: None
@@ -105,7 +106,8 @@ class Peers:
     def _heard(self, process: int, word: str) -> None:
         verb, _, rest = word.partition(" ")
         if verb == BEAT:
-            self._steps[process] = int(rest or 0)
+            step, turn = map(int, rest.split())
+            self._places[process] = step, turn
         elif verb == "stop":
             self._agreement.stop(int(rest))
         elif verb == "at":
@@ -155,12 +157,16 @@ class Peers:
         self._end(UNREACHABLE, sentence)
 
     def _all_stuck(self, sentence: str) -> None:
-        """Process 0 names who is behind, ends the others and itself."""
-        steps = self._steps | {0: self.step()}
-        behind = sorted(i for i, step in steps.items() if step == min(steps.values()))
+        """Process 0 names who is behind, ends the others and itself.
+
+        After the same step too: of those that save, all but one may wait for that one.
+        """
+        places = self._places | {0: (self.step(), self.turn)}
+        last = min(places.values())
+        behind = sorted(i for i, place in places.items() if place == last)
         if len(behind) < self._total:
             named = ", ".join(map(str, behind[:8]))
-            sentence += f" Behind the others: process {named}, after step {min(steps.values())}."
+            sentence += f" Behind the others: process {named}, after step {last[0]}."
         self._lines.send_all(f"stuck {sentence}")
         self._end(STUCK, sentence)
 

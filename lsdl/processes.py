@@ -35,7 +35,7 @@ from lsdl.rollcall import Call, Hearing, joined, listening, roll_call
 SLOWEST_S = 3600  # that one process may take longer than another for the same piece of work
 
 _peers: Peers | None = None  # the others, once they have met
-_turns = itertools.count()  # of what all processes do in the same order
+_turns = itertools.count(1)  # of what all processes do in the same order
 
 
 def initialise(
@@ -230,6 +230,14 @@ def tell_step(step: Callable[[], int]) -> None:
         _peers.step = step
 
 
+def _turn() -> int:
+    """The number of the meeting that this process comes to now."""
+    turn = next(_turns)
+    if _peers:
+        _peers.turn = turn
+    return turn
+
+
 def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
     """Run `work` on every process, or on process 0 alone; if it fails on one, all of them leave.
 
@@ -244,7 +252,7 @@ def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
             error = raised
     if jax.process_count() > 1:
         code = error.exit_code if isinstance(error, UserError) else 1 if error else 0
-        key = f"lsdl-together-{next(_turns)}"
+        key = f"lsdl-together-{_turn()}"
         codes = to_main(key, str(code), wait_s=SLOWEST_S)
         codes = json.loads(from_main(f"{key}-all", json.dumps(codes), wait_s=SLOWEST_S))
         failed = [i for i, text in enumerate(codes) if int(text)]
@@ -257,12 +265,12 @@ def together(work: Callable[[], Any], *, main_alone: bool = False) -> Any:
 
 def meet() -> None:
     """Wait for the slowest process without a collective: a CPU's gives up after 30 s."""
-    barrier(f"lsdl-meet-{next(_turns)}", wait_s=SLOWEST_S)
+    barrier(f"lsdl-meet-{_turn()}", wait_s=SLOWEST_S)
 
 
 def same_on_all(value: bool) -> bool:
     """Process 0's `value`, so that all processes take the same branch."""
-    key = f"lsdl-same-{next(_turns)}"
+    key = f"lsdl-same-{_turn()}"
     return json.loads(from_main(key, json.dumps(value), wait_s=SLOWEST_S))
 
 
@@ -274,7 +282,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    key = f"lsdl-facts-{next(_turns)}"
+    key = f"lsdl-facts-{_turn()}"
     texts = to_main(key, json.dumps(facts), wait_s=SLOWEST_S)
     differences = [_difference(i, json.loads(text), facts) for i, text in enumerate(texts)]
     sentence = from_main(f"{key}-all", " ".join(filter(None, differences))[:2000], wait_s=SLOWEST_S)

@@ -74,12 +74,21 @@ def test_process_0_stays_until_the_others_have_heard_why(join):
     assert (told, outlast, code) == (f"lost {sentence}", "outlast", UNREACHABLE)
 
 
-def test_who_is_behind_is_named_unless_all_are(join):
-    for steps, named in (({1: 4, 2: 4}, ""), ({1: 4, 2: 3}, "process 2, after step 3.")):
-        _, lines = join(0, 3)
-        for process, step in steps.items():
-            lines.heard(process, f"{peers.BEAT} {step}")
-        lines.heard(1, "stuck Nothing came.")
-        code, sentence = lines.said[-1]
-        assert code == STUCK
-        assert sentence.endswith(f"Behind the others: {named}" if named else "Nothing came.")
+@pytest.mark.parametrize(
+    ("places", "behind"),
+    [
+        ({1: (4, 0), 2: (4, 0)}, ""),
+        ({1: (4, 0), 2: (3, 0)}, "process 2, after step 3."),
+        ({1: (5, 0), 2: (6, 0)}, "process 0, after step 4."),
+        ({1: (4, 0), 2: (4, 1)}, "process 0, 1, after step 4."),  # 2 is the first at a meeting
+        ({1: (3, 7), 2: (4, 0)}, "process 1, after step 3."),
+    ],
+)
+def test_who_is_behind_is_named_unless_all_are(join, places, behind):
+    _, lines = join(0, 3)
+    for process, (step, turn) in places.items():
+        lines.heard(process, f"{peers.BEAT} {step} {turn}")
+    lines.heard(1, "stuck Nothing came.")
+    code, sentence = lines.said[-1]
+    assert code == STUCK
+    assert sentence.endswith(f"Behind the others: {behind}" if behind else "Nothing came.")
