@@ -103,10 +103,10 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     run = sweep.train(cell.config, cell.overrides)
     loss_T = np.array(run.metrics_T["loss"], float)
     return {
-        "accuracy": 100 * run.valid["accuracy"],
-        "valid_loss": run.valid["loss"],
-        "end_loss": loss_T[-EVERY:].mean(),
-        "losses": loss_T.reshape(-1, EVERY).mean(1),
+        "accuracy": 100 * float(run.valid["accuracy"]),
+        "valid_loss": float(run.valid["loss"]),
+        "end_loss": float(loss_T[-EVERY:].mean()),
+        "losses": loss_T.reshape(-1, EVERY).mean(1).tolist(),
     }
 
 
