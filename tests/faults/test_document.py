@@ -105,14 +105,14 @@ CODES = {
 
 
 def table_of_exit_codes():
-    """{code: (when, what to do)} of the README's reference."""
-    text = (ROOT / "README.md").read_text()
+    """{code: (when, what to do)} of the reference."""
+    text = (ROOT / "docs" / "reference.md").read_text()
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \| ([^|]+) \|$", text.split("## Exit codes")[1], re.M)
     return {int(code): (when.strip(), do.strip()) for code, when, do in rows}
 
 
 @pytest.mark.threat(44)
-def test_the_readme_has_each_exit_code_once_with_what_to_do():
+def test_the_reference_has_each_exit_code_once_with_what_to_do():
     table = table_of_exit_codes()
     assert sorted(table) == sorted(CODES.values())
     assert len(set(CODES.values())) == len(CODES)
