@@ -1,18 +1,22 @@
 """The frame of an entry that may be one of many processes: signals, errors, the exit code."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 
 from lsdl import interruption
 from lsdl.errors import INTERRUPTED, UserError, refuse
-from lsdl.rendezvous import flags
+from lsdl.rendezvous import flags, place, run_token
+from lsdl.rollcall import excuse
 
 
 def framed(work: Callable[[argparse.Namespace, list[str]], int], parser, argv) -> int:
     """The exit code of `work(arguments, overrides)`, with its errors told in one sentence."""
-    with interruption.owner(leaves=True):
+    with interruption.owner(leaves=True) as stop:
         arguments, overrides = parser.parse_known_args(argv)
+        stop.farewell = lambda code: _excuse(code, **flags(arguments))
         try:
             return work(arguments, overrides)
         except UserError as error:
@@ -30,6 +34,25 @@ def framed(work: Callable[[argparse.Namespace, list[str]], int], parser, argv) -
             from lsdl.processes import explain
 
             return explain()
+
+
+def _excuse(
+    code: int,
+    *,
+    mode: str,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    **_: float,
+) -> None:
+    """Tell the others that this process leaves, while it has not met them yet."""
+    here = place(os.environ)
+    given = coordinator, num_processes, process_id
+    if given == (None, None, None) and mode != "off":
+        given = here.coordinator, here.num_processes, here.process_id
+    with contextlib.suppress(UserError):
+        if None not in given:
+            excuse(*given, code=code, token=run_token(os.environ))
 
 
 def leave(code: int) -> None:

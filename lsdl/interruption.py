@@ -94,12 +94,18 @@ class StopRequest:
         self.farewell: Callable[[int], None] = lambda code: None  # to whom `say` does not reach
         self._agreement = Agreement(1, self.told)
         self._leaves = leaves
+        self._leaving = False
         self._gate: int | None = None
         self._changed = threading.Condition(threading.RLock())
         self._asked = False
         self._first_at: float | None = None
         self._previous: dict[int, object] = {}
         self._ends: tuple[socket.socket, ...] = ()
+
+    def wait_if_leaving(self) -> None:
+        """For ever, where this process is about to leave: nobody is to count on it any more."""
+        while self._leaving:
+            time.sleep(1)
 
     # The loop's side.
 
@@ -160,8 +166,14 @@ class StopRequest:
             else "Stopped before a step was taken: the same command starts again."
         )
         code = INTERRUPTED if self.signal == signal.SIGINT else SAVED_AND_STOPPED
-        self.farewell(code)
-        end(code, "" if self.silent else sentence)
+
+        def leave():
+            self.farewell(code)
+            end(code, "" if self.silent else sentence)
+
+        self._leaving = True
+        # Not in the thread that hears: a second signal does not wait for a farewell.
+        threading.Thread(target=leave, daemon=True).start()
 
     # The signals' side.
 

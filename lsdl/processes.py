@@ -29,7 +29,7 @@ from lsdl.errors import (
 from lsdl.interruption import StopRequest, current
 from lsdl.launcher import end_with_launcher
 from lsdl.peers import Peers
-from lsdl.rendezvous import TOKEN, place, split_address
+from lsdl.rendezvous import place, run_token, split_address
 from lsdl.rollcall import Call, Hearing, joined, listening, roll_call
 
 SLOWEST_S = 3600  # that one process may take longer than another for the same piece of work
@@ -82,6 +82,7 @@ def initialise(
     stop = current() or StopRequest()
     sockets: dict[int, socket.socket] = {}
     stop.farewell = lambda code: _say_farewell(sockets, code)
+    stop.wait_if_leaving()
     # jax's own heartbeat is slower than the lines', which tell the cause.
     limits = {
         "initialization_timeout": math.ceil(max(wait_s, 10)),
@@ -89,8 +90,7 @@ def initialise(
         "shutdown_timeout_seconds": 30,
     }
     if coordinator:
-        token = os.environ.get(TOKEN) or here.token
-        told = dict(wait_s=wait_s, token="".join(token.split())[:64], sockets=sockets)
+        told = dict(wait_s=wait_s, token=run_token(os.environ), sockets=sockets)
         meeting = roll_call(coordinator, num_processes, process_id, **told)
         _join(process_id, num_processes, stop, sockets, heartbeat_s)
         with meeting.reserved or contextlib.nullcontext():

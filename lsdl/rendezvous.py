@@ -69,6 +69,11 @@ def place(environ: Mapping[str, str]) -> Place:
     return Place()
 
 
+def run_token(environ: Mapping[str, str]) -> str:
+    """What the processes of this one's job have in common, as a word."""
+    return "".join((environ.get(TOKEN) or place(environ).token).split())[:64]
+
+
 def _slurm(environ: Mapping[str, str]) -> Place:
     tasks = int(environ["SLURM_NTASKS"])
     if not all(name in environ for name in SLURM_STEP):

@@ -20,6 +20,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LISTENER = "LSDL_LISTENER"  # the number of an inherited socket that listens for process 0
 SLOW_S = 2  # that a caller may take to say its line
 SERVICE_S = 30  # that jax's service may take to listen, once all have met
+EXCUSE_S = 5  # that a process which leaves before the roll call tries to tell the others
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,29 @@ def roll_call(
     hearing.answer(f"go {port}")
     bind = None if address in ("::", "0.0.0.0") else joined(address, port)
     return Meeting(joined(host, port), bind, sockets, reserved)
+
+
+def excuse(
+    coordinator: str, num_processes: int, process_id: int, *, code: int, token: str = ""
+) -> None:
+    """Tell the others, before they have met, that this process leaves with `code`: they do too.
+
+    Process 0 tells those that call within `EXCUSE_S` seconds. Another one tells process 0, if that
+    listens within as many.
+    """
+    host, port = split_address(coordinator)
+    if process_id == 0:
+        with contextlib.suppress(UserError), listening(host, port) as server:
+            Hearing(server, host, num_processes, token, {}).dismiss(f"leave {code}")
+        return
+    deadline = time.monotonic() + EXCUSE_S
+    words = f"lsdl {process_id} {num_processes} {token}\nleave {code}\n".encode()
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError):
+            with socket.create_connection((host, port), timeout=left) as line:
+                line.sendall(words)
+            return
+        time.sleep(0.1)
 
 
 def joined(host: str, port: int) -> str:
@@ -139,6 +163,16 @@ class Hearing:
                     elif not self._listen_to(key.data):
                         selector.unregister(key.fileobj)
 
+    def dismiss(self, word: str) -> None:
+        """Tell all `word`, those too that call within `EXCUSE_S` seconds."""
+        deadline, called = time.monotonic() + EXCUSE_S, set(self._callers)
+        self.answer(word)
+        while len(called) < self._total - 1 and (left := deadline - time.monotonic()) > 0:
+            self._server.settimeout(left)
+            with contextlib.suppress(TimeoutError, UserError):
+                called |= {self._accept()} - {0}
+                self.answer(word)
+
     def answer(self, word: str) -> None:
         """Tell all that have called: go PORT (0: jax listens already), no, or leave CODE."""
         for caller in self._callers.values():
@@ -185,7 +219,7 @@ class Hearing:
         """Whether a caller that has spoken still waits; leaves with it if it says so."""
         word = _line(self._callers[number])
         if word.startswith("leave "):
-            self.answer(word)
+            self.dismiss(word)
             raise SystemExit(int(word.split()[1]))
         if not word:
             self._callers.pop(number).close()

@@ -238,6 +238,39 @@ def test_a_roll_call_finds_two_processes_of_one_number():
     assert ends[1].code == 69
 
 
+@pytest.mark.threat(1)
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_who_is_told_to_stop_before_a_roll_call_takes_the_others_along(leaver):
+    """Whichever of them comes first, and be there two others."""
+    port, ends = free_port(), {}
+
+    def call(i):
+        if i == leaver:
+            rollcall.excuse(f"127.0.0.1:{port}", 3, i, code=75, token="token")
+            return
+        with pytest.raises((SystemExit, UserError)) as end:
+            roll_call(f"127.0.0.1:{port}", 3, i, wait_s=4, token="token")
+        ends[i] = end.value
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert {i: getattr(end, "code", end) for i, end in ends.items()} == {
+        i: 75 for i in (0, 1, 2) if i != leaver
+    }
+
+
+def test_an_excuse_that_nobody_hears_keeps_nobody(monkeypatch):
+    monkeypatch.setattr(rollcall, "EXCUSE_S", 0.5)
+    began = time.monotonic()
+    for process in (0, 1):
+        rollcall.excuse(f"127.0.0.1:{free_port()}", 2, process, code=75)
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize("leaver", [0, 1])
 def test_who_is_told_to_stop_in_a_roll_call_takes_the_others_along(leaver):
     port, ends, sockets = free_port(), {}, {}
