@@ -19,6 +19,7 @@ from lsdl.data.dataset import SPLITS, Dataset
 from lsdl.errors import UserError, nearest
 from lsdl.models import (
     alexnet,
+    attention,
     bert,
     clip,
     efficientnet,
@@ -167,12 +168,13 @@ def make_module(
     check_fields(config.model)
     cls = MODELS[config.model.name]
     outputs = data.features["target"].shape[0] if config.task == "regression" else data.num_classes
+    dtype = PRECISIONS[choice("precision", config.precision, PRECISIONS)]
     filled = {
         "num_classes": outputs,
-        "dtype": PRECISIONS[choice("precision", config.precision, PRECISIONS)],
+        "dtype": dtype,
         "remat": _policy(config.remat),
         "axis_name": mesh and (partition.manual_axes(config.partitioner, mesh) or None),
-        "attention": _make_attention(config, mesh),
+        "attention": _make_attention(config, mesh, dtype),
         "pipe": _make_pipe(config, mesh),
     }
     parameters = inspect.signature(cls).parameters
@@ -181,7 +183,7 @@ def make_module(
             f"mesh={config.mesh!r} has stage={mesh.shape['stage']}, and model {config.model.name} "
             "cannot be cut into stages: give its devices to another axis."
         )
-    if filled["attention"] and "attention" not in parameters:
+    if _splits_length(mesh) and "attention" not in parameters:
         raise UserError(
             f"mesh={config.mesh!r} has sequence={mesh.shape['sequence']}, and model "
             f"{config.model.name} cannot split one: give its devices to another axis."
@@ -197,11 +199,16 @@ def _make_pipe(config: ConfigDict, mesh: Mesh | AbstractMesh | None):
     return pipeline.make_pipe(mesh, microbatches=microbatches) if stages > 1 else None
 
 
-def _make_attention(config: ConfigDict, mesh: Mesh | AbstractMesh | None):
-    """Attention over a length that `mesh` splits; None: the model's own."""
+def _splits_length(mesh: Mesh | AbstractMesh | None) -> bool:
+    return mesh is not None and mesh.shape["sequence"] > 1
+
+
+def _make_attention(config: ConfigDict, mesh: Mesh | AbstractMesh | None, dtype: jnp.dtype):
+    """Over a length that `mesh` splits, or by its devices' kernel; None: the model's own."""
     form = choice("sequence_attention", config.sequence_attention, sequence.FORMS)
-    split = mesh is not None and mesh.shape["sequence"] > 1
-    return sequence.make_attention(mesh, form) if split else None
+    if _splits_length(mesh):
+        return sequence.make_attention(mesh, form)
+    return attention.kernel(mesh.devices.flat[0], dtype) if isinstance(mesh, Mesh) else None
 
 
 def checkpoints_of(run: str) -> Path | None:

@@ -200,7 +200,7 @@ def judged(
     dtype, _ = target.device.peak(jnp.dtype(experiment.module.dtype).name)
     times = analytic.bracket(
         flops / target.count / target.flops_per_s(dtype),
-        memory.moved_bytes(experiment) / target.memory_bytes_per_s,
+        memory.moved_bytes(experiment, target) / target.memory_bytes_per_s,
         network_s(answer["collectives"], experiment, target),
     )
     return found | dict(zip(TIMES, times, strict=True))

@@ -42,7 +42,7 @@ LEVELS = [
         *("data.captions", "data.stdlib", "data.text", "data.corpus", "data.sources"),
         *("data.part", "data.transforms", "data.dataset", "data.ramp", "data.skip"),
         *("data.loader", "data.folds"),
-        *("models.remat", "models.layers", "models.moe", "models.transformer"),
+        *("models.remat", "models.layers", "models.moe", "models.attention", "models.transformer"),
         *("models.mlp", "models.alexnet", "models.inception", "models.resnet"),
         *("models.efficientnet", "models.regnet"),
         *("models.vit", "models.gpt", "models.bert", "models.clip"),

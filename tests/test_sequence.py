@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from lsdl.errors import UserError
 from lsdl.experiment import build
-from lsdl.models.transformer import attend
+from lsdl.models.attention import attend
 from lsdl.planner import hlo
 from lsdl.sharding import sequence
 from lsdl.sharding.mesh import make_mesh, num_devices, parse_mesh

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models import moe, remat
+from lsdl.models.attention import attend
 from lsdl.models.layers import (
     ACTIVATIONS,
     Dropout,
@@ -67,11 +68,6 @@ def gpt2_residual_scale(num_layers: int) -> float:
     return 1 / math.sqrt(2 * num_layers)
 
 
-def segment_mask(segment_BL: jax.Array) -> jax.Array:
-    """`(B, 1, L, L)` bool: whether query and key lie in the same segment (0, padding, is one)."""
-    return (segment_BL[:, :, None] == segment_BL[:, None, :])[:, None]
-
-
 def positions(segment_BL: jax.Array) -> jax.Array:
     """`(B, L)` int32: each token's place within its segment."""
     index_BL = jnp.broadcast_to(jnp.arange(segment_BL.shape[1])[None], segment_BL.shape)
@@ -98,14 +94,6 @@ def rotary(x_BLHK: jax.Array, position_BL: jax.Array, theta: float) -> jax.Array
     cos, sin = jnp.cos(angle_BLHK), jnp.sin(angle_BLHK)
     a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BLHK.dtype)
-
-
-def attend(query_BLHK, key_BLGK, value_BLGK, *, causal: bool, segment_BL=None) -> jax.Array:
-    """`(B, L, H, K)`: softmax attention, within each segment if there are any."""
-    mask = None if segment_BL is None else segment_mask(segment_BL)
-    return jax.nn.dot_product_attention(
-        query_BLHK, key_BLGK, value_BLGK, mask=mask, is_causal=causal
-    )
 
 
 class Attention(nn.Module):

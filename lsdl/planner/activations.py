@@ -3,8 +3,8 @@
 Korthikanti et al. 2022, section 4, for the block that lsdl has. Theirs keeps 34 s b h + 5 a s^2 b
 bytes at two bytes a number; ours keeps what jax's differentiation of `models.transformer.Block`
 saves, which is more: a norm keeps four numbers a feature where one would do, GELU up to six, and
-attention (XLA's, no fused kernel) two L x L matrices of every head. `block` has a line for each,
-and tests/test_analytic.py holds them to what the traced program keeps, number by number.
+attention, where it is no kernel, two L x L matrices of every head. `block` has a line for each, and
+tests/test_analytic.py holds them to what the traced program keeps, number by number.
 
 Letters as in models/transformer.py: D width, H heads, G key-value heads, K head_dim, F mlp, L
 length, N layers, V vocabulary.
@@ -43,6 +43,7 @@ class Block:
     gated: bool = False
     post_norm: bool = False
     dropout: bool = False
+    kernel: bool = False  # attention is one, and has no scores in memory
 
     @property
     def kv_width(self) -> int:
@@ -95,9 +96,13 @@ def block(b: Block, length: int, itemsize: int) -> list[Line]:
             add(of, f"{of}'s dropout mask", width, 1, "residual")
     add("attention", "queries", width, itemsize, "heads")
     add("attention", "keys and values", 2 * b.kv_width, itemsize, "kv_heads")
-    add("attention", "scores: exponentials", heads * length, 4, "heads")
-    add("attention", "scores: probabilities", heads * length, itemsize, "heads")
-    add("attention", "scores: sums", 2 * heads, 4, "heads")
+    if b.kernel:
+        add("attention", "scores: logarithms of sums", heads, 4, "heads")
+        add("attention", "attention's result, for the kernel", width, itemsize, "heads")
+    else:
+        add("attention", "scores: exponentials", heads * length, 4, "heads")
+        add("attention", "scores: probabilities", heads * length, itemsize, "heads")
+        add("attention", "scores: sums", 2 * heads, 4, "heads")
     add("attention", "attention's result", width, itemsize, "heads")
     plain, gated, signs = KEPT[b.activation]
     what = f"{b.activation} and its factors"
@@ -154,7 +159,7 @@ def moments(
     lines = block(b, length, itemsize)
     of = lambda part: sum(x.nbytes(tokens, split) for x in lines if x.part == part)  # noqa: E731
     hidden, whole = (tokens * b.width * itemsize / n for n in (split.residual, split.whole))
-    scores = tokens * b.num_heads * length * 4 / split.heads
+    scores = 0 if b.kernel else tokens * b.num_heads * length * 4 / split.heads
     wide = tokens * b.mlp_dim * itemsize / split.mlp
     saved = layers * (hidden if remat == "full" else of("attention") + of("mlp"))
     # A layer's backward pass has its own tensors, out of the stack or computed again, and what

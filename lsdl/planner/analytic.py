@@ -86,7 +86,7 @@ def _memory(experiment: Any, target: hardware.Target, notes: list[str]) -> dict[
     state = tree.device_bytes(experiment.abstract_state)
     batch = tree.device_bytes(experiment.abstract_batch)
     gradients = tree.device_bytes(experiment.abstract_gradients)
-    found = memory.activation_moments(experiment)
+    found = memory.activation_moments(experiment, target)
     if found is None:
         notes.append(
             "activations have no closed form for this model, mesh and remat: compile; the memory's "
@@ -157,7 +157,7 @@ def _times(experiment: Any, target: hardware.Target, found: Mapping[str, Any]) -
         return dict.fromkeys((*names, "mfu", "mfu_causal", "hfu"))
     each = experiment.batch_size / target.count
     compute_s = (model + (again or 0)) * each / peak
-    memory_s = memory.moved_bytes(experiment) / bandwidth
+    memory_s = memory.moved_bytes(experiment, target) / bandwidth
     network_s = sum(row["time_s"] or 0.0 for row in found["traffic"])
     least, most, binds = bracket(compute_s, memory_s, network_s)
     units = experiment.batch_size * experiment.task.units_per_example

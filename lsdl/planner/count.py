@@ -3,7 +3,8 @@
 Two for each multiply-add of a matrix product or a convolution; all else (elementwise work, norms,
 softmax, the optimiser) is left out, as in the published tables. A loop's body counts once for each
 trip, the larger branch of a condition counts, and what rematerialisation computes again counts
-again, below the scope `REMATTED`. Masks save nothing: causal attention counts in full.
+again, below the scope `REMATTED`. Masks save nothing: causal attention counts in full. What an
+attention kernel computes again inside itself does not count.
 A convolution's taps on padding count, as they do in published tables; those on the zeros with which
 a stride spreads the gradient of its output do not.
 """
@@ -19,6 +20,8 @@ from lsdl.errors import UserError
 
 REMATTED = "rematted_computation"  # jax's name for the second computation of a checkpointed part
 OPAQUE = ("pallas_call", "ffi_call", "ragged_dot", "dot_product_attention")
+# cuDNN's kernels, and how many products of all pairs of queries and keys each stands for.
+ATTENTION = {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 4}
 OUTSIDE = ("(task)",)  # what the task computes around the model: inputs and loss
 
 Path = tuple[str, ...]
@@ -44,6 +47,8 @@ def _inside(eqn: JaxprEqn) -> Counter[Path]:
         return Counter({(): _dot_general(eqn)})
     if name == "conv_general_dilated":
         return Counter({(): _convolution(eqn)})
+    if products := ATTENTION.get(name.removesuffix("_wrapper")):
+        return Counter({(): products * _pairs(eqn)})
     bodies = [count(body) for body in jaxprs_in_params(params)]
     if name == "cond":
         return max(bodies, key=Counter.total)
@@ -74,6 +79,12 @@ def _dot_general(eqn: JaxprEqn) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
     return 2 * eqn.outvars[0].aval.size * math.prod(shape[dim] for dim in contracted)
+
+
+def _pairs(eqn: JaxprEqn) -> int:
+    """Of one product of queries (B, L, H, K) with keys (B, M, G, K)."""
+    query, key = (var.aval.shape for var in eqn.invars[:2])
+    return 2 * math.prod(query) * key[1]
 
 
 def _convolution(eqn: JaxprEqn) -> int:

@@ -10,14 +10,16 @@ them is fused.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 
+from lsdl.models import attention
 from lsdl.models.bert import Bert
 from lsdl.models.gpt import Gpt
 from lsdl.models.vit import CLASS_TOKENS, Vit
-from lsdl.planner import activations, architecture, tree
+from lsdl.planner import activations, architecture, hardware, tree
 from lsdl.sharding.rules import axes_of, parts, resolve
 
 MODEL_AXES = {"tensor", "stage", "expert"}  # they split a parameter for good
@@ -61,14 +63,19 @@ def _kernels(experiment: Any) -> tuple[int, float]:
     return sum(math.prod(one.shape) for one in found), stored
 
 
-def stack_of(experiment: Any) -> tuple[activations.Block, int] | None:
-    """(block, length) of a module whose layers are one stack of dense blocks on whole sequences."""
+def stack_of(experiment: Any, target: hardware.Target) -> tuple[activations.Block, int] | None:
+    """(block, length) of a module whose layers are one stack of dense blocks on whole sequences.
+
+    The attention is the one that the target's devices have.
+    """
     module, sizes = experiment.module, experiment.mesh.shape
     if not isinstance(module, Gpt | Bert | Vit) or getattr(module, "num_experts", 0):
         return None
     if sizes.get("sequence", 1) > 1 or sizes.get("stage", 1) > 1:
         return None
-    b = architecture.block_of(module)
+    capability = target.device.compiler.get("compute_capability", (0, 0))
+    kernel = attention.has_kernel(float("{}.{}".format(*capability)), jnp.dtype(module.dtype))
+    b = replace(architecture.block_of(module), kernel=kernel)
     if not isinstance(module, Vit):
         return b, experiment.task.units_per_example
     _, height, wide, _ = experiment.abstract_batch["image"].shape
@@ -76,9 +83,11 @@ def stack_of(experiment: Any) -> tuple[activations.Block, int] | None:
     return b, height // module.patch * (wide // module.patch) + classes
 
 
-def activation_moments(experiment: Any) -> tuple[activations.Moments, activations.Block] | None:
+def activation_moments(
+    experiment: Any, target: hardware.Target
+) -> tuple[activations.Moments, activations.Block] | None:
     """What one device's activations take; None: no closed form here."""
-    stack = stack_of(experiment)
+    stack = stack_of(experiment, target)
     if stack is None or experiment.remat not in ("none", "full"):
         return None
     b, length = stack
@@ -108,7 +117,7 @@ def whole_parameter_bytes(experiment: Any, itemsize: int) -> float:
     return total
 
 
-def moved_bytes(experiment: Any) -> float:
+def moved_bytes(experiment: Any, target: hardware.Target) -> float:
     """The least that one device's memory reads and writes in a step.
 
     State is read and written, gradients written and read; each microbatch reads the parameters for
@@ -120,7 +129,7 @@ def moved_bytes(experiment: Any) -> float:
     moved = 2 * tree.device_bytes(experiment.abstract_state)
     moved += 2 * tree.device_bytes(experiment.abstract_gradients)
     moved += (4 if full else 3) * experiment.accum * whole_parameter_bytes(experiment, itemsize)
-    stack = stack_of(experiment)
+    stack = stack_of(experiment, target)
     if stack:
         b, length = stack
         tokens = experiment.batch_size // experiment.accum * length

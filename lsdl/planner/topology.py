@@ -4,6 +4,7 @@ To be called in a process that `toolchain.environment` was made for.
 """
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from lsdl.errors import UserError
@@ -17,6 +18,7 @@ _LIMITS = {
 }
 # What the compiler is told to find on the target's machine.
 _VERSIONS = {"driver_version": "13.0.0", "runtime_version": "12.8.0", "dnn_version": "9.10.0"}
+_CUDNN = 91_000  # the last of these, as cuDNN numbers it
 
 
 def devices(target: Target) -> list[jax.Device]:
@@ -55,6 +57,8 @@ def _tpu(target: Target) -> list[jax.Device]:
 
 def _gpu(target: Target) -> list[jax.Device]:
     nodes, each = target.shape
+    # jax asks the machine's own cuDNN before it traces a kernel of it, and here there is none.
+    fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="gpu",

@@ -29,7 +29,7 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def make_attention(mesh: Mesh | AbstractMesh, form: str) -> Callable[..., jax.Array]:
-    """`transformer.attend` on a `mesh` that splits the length, `form` being one of `FORMS`.
+    """`attention.attend` on a `mesh` that splits the length, `form` being one of `FORMS`.
 
     Takes whole arrays, under jit; the axis's size has to divide the length. Where `tensor` does
     not divide the key-value heads, each is repeated until it does.

@@ -1,0 +1,66 @@
+"""Softmax attention: the plain form, and the kernel of those devices that have one.
+
+They differ in memory and time, not in mathematics: the kernel has no scores in memory.
+Shape letters: B batch, L length, H heads, G key-value heads, K head_dim.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+KERNEL_HEAD_DIM = 128  # the largest that cuDNN's kernel takes on every GPU since Ampere
+
+
+def segment_mask(segment_BL: jax.Array) -> jax.Array:
+    """`(B, 1, L, L)` bool: whether query and key lie in the same segment (0, padding, is one)."""
+    return (segment_BL[:, :, None] == segment_BL[:, None, :])[:, None]
+
+
+def attend(query_BLHK, key_BLGK, value_BLGK, *, causal: bool, segment_BL=None) -> jax.Array:
+    """`(B, L, H, K)`: softmax attention, within each segment if there are any."""
+    return jax.nn.dot_product_attention(
+        *(query_BLHK, key_BLGK, value_BLGK),
+        mask=None if segment_BL is None else segment_mask(segment_BL),
+        is_causal=causal,
+        implementation="xla",
+    )
+
+
+def cudnn(query_BLHK, key_BLGK, value_BLGK, *, causal: bool, segment_BL=None) -> jax.Array:
+    """`attend` by cuDNN's kernel, where it has one for the size of the heads.
+
+    It takes even lengths alone: to an odd one comes a place that no other sees.
+    Source: Dao et al. 2022, algorithms 1 and 4.
+    """
+    batch, length, _, head_dim = query_BLHK.shape
+    given = query_BLHK, key_BLGK, value_BLGK
+    if head_dim % 8 or head_dim > KERNEL_HEAD_DIM:
+        return attend(*given, causal=causal, segment_BL=segment_BL)
+    real_B = None
+    if length % 2:
+        given = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in given)
+        if segment_BL is None:
+            real_B = jnp.full(batch, length, jnp.int32)
+        else:
+            segment_BL = jnp.pad(segment_BL, ((0, 0), (0, 1)), constant_values=-1)
+    y_BLHK = jax.nn.dot_product_attention(
+        *given,
+        mask=None if segment_BL is None else segment_mask(segment_BL),
+        key_value_seq_lengths=real_B,
+        is_causal=causal,
+        implementation="cudnn",
+    )
+    return y_BLHK[:, :length] if length % 2 else y_BLHK
+
+
+def kernel(device: jax.Device, dtype: jnp.dtype) -> Callable | None:
+    """The form of `attend` to use on `device` for activations of `dtype`; None: the plain one."""
+    capability = float(getattr(device, "compute_capability", 0))  # which NVIDIA's alone have
+    return cudnn if device.platform == "gpu" and has_kernel(capability, dtype) else None
+
+
+def has_kernel(compute_capability: float, dtype: jnp.dtype) -> bool:
+    """Whether an NVIDIA GPU of this compute capability has one for activations of `dtype`."""
+    return compute_capability >= 8.0 and dtype in KERNEL_DTYPES

@@ -1,0 +1,105 @@
+"""Attention by a kernel: which devices take it, for what, and that the planner counts it alike.
+
+That its numbers are those of the plain form is seen where there is a GPU: `benchmarks.run` lays
+the two loss curves over each other before it times anything.
+"""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from lsdl.models import attention
+from lsdl.planner.count import count
+
+B, L, H, G, K = 2, 6, 4, 2, 16
+
+
+@pytest.fixture
+def traceable():
+    """Kernels can be traced where there is no cuDNN."""
+    with mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", return_value=91_000):
+        yield
+
+
+def device(platform="gpu", capability="9.0"):
+    return SimpleNamespace(platform=platform, compute_capability=capability)
+
+
+@pytest.mark.parametrize(
+    ("of", "dtype", "kernel"),
+    [
+        (device(), jnp.bfloat16, attention.cudnn),
+        (device(capability="8.0"), jnp.bfloat16, attention.cudnn),
+        (device(capability="12.1"), jnp.bfloat16, attention.cudnn),
+        (device(), jnp.float32, None),
+        (device(capability="7.0"), jnp.bfloat16, None),
+        (device("tpu"), jnp.bfloat16, None),
+        (SimpleNamespace(platform="gpu"), jnp.bfloat16, None),  # not NVIDIA's
+    ],
+    ids=["H100", "A100", "GB10", "float32", "V100", "TPU", "no capability"],
+)
+def test_the_kernel_is_for_half_precision_on_nvidia_gpus_since_ampere(of, dtype, kernel):
+    assert attention.kernel(of, jnp.dtype(dtype)) is kernel
+
+
+def test_here_there_is_none():
+    assert attention.kernel(jax.devices()[0], jnp.dtype(jnp.bfloat16)) is None
+
+
+def arrays(length=L, head_dim=K):
+    shapes = (B, length, H, head_dim), (B, length, G, head_dim), (B, length, G, head_dim)
+    return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+
+def traced(form, *given, **fields):
+    """The jaxpr of the output and of the gradients."""
+
+    def loss(*given):
+        return form(*given, **fields).astype(jnp.float32).sum()
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(*given).jaxpr.jaxpr
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_its_products_count_as_those_of_the_plain_form(traceable, causal):
+    ours, plain = (
+        traced(form, *arrays(), causal=causal) for form in (attention.cudnn, attention.attend)
+    )
+    assert "dot_product_attention_bwd" in str(ours)
+    assert "dot_product_attention" not in str(plain)
+    assert count(ours).total() == count(plain).total() == 6 * (2 * B * H * L * L * K)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize(("length", "head_dim", "taken"), [(6, 16, 1), (6, 12, 0), (6, 136, 0)])
+def test_heads_that_it_does_not_take_go_the_plain_way(traceable, length, head_dim, segments, taken):
+    segment_BL = jnp.zeros((B, length), jnp.int32) if segments else None
+    given = arrays(length, head_dim)
+    program = traced(attention.cudnn, *given, causal=True, segment_BL=segment_BL)
+    assert ("dot_product_attention" in str(program)) == bool(taken)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segments", [False, True])
+def test_what_an_odd_length_is_filled_up_with_is_seen_by_no_other(segments, causal):
+    """By the plain form in the kernel's place, which takes the same arguments."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (B, 7, H, K), (B, 7, G, K), (B, 7, G, K)
+    given = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    segment_BL = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 3, 3]]) if segments else None
+    plain = attention.attend(*given, causal=causal, segment_BL=segment_BL)
+    seen = []
+
+    def kernel(*given, implementation, **fields):
+        seen.append((given[0].shape[1], implementation))
+        return original(*given, implementation="xla", **fields)
+
+    original = jax.nn.dot_product_attention
+    with mock.patch.object(jax.nn, "dot_product_attention", kernel):
+        found = attention.cudnn(*given, causal=causal, segment_BL=segment_BL)
+    assert seen == [(8, "cudnn")]
+    assert jnp.allclose(found, plain, atol=1e-6)
