@@ -139,7 +139,7 @@ def models_section(texts: dict) -> list[str]:
     """The fields of each model's class: all that its config has to give."""
     lines = []
     for name in components.MODELS:
-        parameters = inspect.signature(components.MODELS[name]).parameters
+        parameters = inspect.signature(components.model_class(name)).parameters
         own = {n: p for n, p in parameters.items() if n not in components.FILLED}
         rows = [
             (f"`model.{n}`", _kind(p.annotation), _default(p), _meaning(texts, name, n))

@@ -1,6 +1,7 @@
 """The parts of an experiment, each from its fields of the config: data, task, model."""
 
 import hashlib
+import importlib
 import inspect
 import json
 from pathlib import Path
@@ -17,38 +18,27 @@ from lsdl.config import from_json, is_of, template
 from lsdl.data import dataset
 from lsdl.data.dataset import SPLITS, Dataset
 from lsdl.errors import UserError, nearest
-from lsdl.models import (
-    alexnet,
-    attention,
-    bert,
-    clip,
-    efficientnet,
-    gpt,
-    inception,
-    mlp,
-    regnet,
-    remat,
-    resnet,
-    vit,
-)
+from lsdl.models import attention, remat
 from lsdl.rundir import RunDir
 from lsdl.sharding import partition, pipeline, sequence
 
+# The name table: a model's name, its file in lsdl/models/ and its class there.
 MODELS = {
-    "mlp": mlp.Mlp,
-    "alexnet": alexnet.AlexNet,
-    "inception": inception.Inception,
-    "resnet": resnet.ResNet,
-    "efficientnet": efficientnet.EfficientNet,
-    "regnet": regnet.RegNet,
-    "vit": vit.Vit,
-    "gpt": gpt.Gpt,
-    "bert": bert.Bert,
-    "clip": clip.Clip,
+    "mlp": "mlp.Mlp",
+    "alexnet": "alexnet.AlexNet",
+    "inception": "inception.Inception",
+    "resnet": "resnet.ResNet",
+    "efficientnet": "efficientnet.EfficientNet",
+    "regnet": "regnet.RegNet",
+    "vit": "vit.Vit",
+    "gpt": "gpt.Gpt",
+    "bert": "bert.Bert",
+    "clip": "clip.Clip",
 }
 CONVEX = ("classification", "regression")  # the loss, in the outputs
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# What each task needs of the data, and the models whose outputs it takes.
+# What each task needs of the data, and the models whose outputs it takes; a model that stands with
+# none of them is left to be tried with any.
 IMAGE_MODELS = ("mlp", "vit", "resnet", "alexnet", "inception", "efficientnet", "regnet")
 TASKS = {
     "classification": ("label", IMAGE_MODELS),
@@ -84,7 +74,8 @@ def make_task(config: ConfigDict, data: Dataset):
             f"task={config.task} needs data with the leaf {leaf!r}, and {config.data.source} with "
             f"its transforms has {', '.join(data.features)}."
         )
-    if config.model.name in MODELS and config.model.name not in models:
+    placed = {model for _, those in TASKS.values() for model in those}
+    if config.model.name in placed and config.model.name not in models:
         raise UserError(
             f"task={config.task} cannot train model {config.model.name}: it trains "
             f"{', '.join(models)}."
@@ -144,9 +135,15 @@ FILLED = (
 )
 
 
+def model_class(name: str) -> type[nn.Module]:
+    """The class of the model `name`; its file is imported when it is asked for."""
+    file, cls = MODELS[choice("model.name", name, MODELS)].split(".")
+    return getattr(importlib.import_module(f"lsdl.models.{file}"), cls)
+
+
 def check_fields(model: ConfigDict) -> None:
     """Raise `UserError` unless `model` has the fields of its class, each of its type."""
-    cls = MODELS[choice("model.name", model.name, MODELS)]
+    cls = model_class(model.name)
     parameters = inspect.signature(cls).parameters
     own = {name: p.annotation for name, p in parameters.items() if name not in FILLED}
     for name in sorted(set(model) - own.keys() - {"name"}):
@@ -166,7 +163,7 @@ def make_module(
 ) -> nn.Module:
     """The model with the fields of its own from `config.model`, and those that lsdl fills."""
     check_fields(config.model)
-    cls = MODELS[config.model.name]
+    cls = model_class(config.model.name)
     outputs = data.features["target"].shape[0] if config.task == "regression" else data.num_classes
     dtype = PRECISIONS[choice("precision", config.precision, PRECISIONS)]
     filled = {

@@ -54,7 +54,7 @@ def test_every_field_of_a_model_has_a_meaning(reference, texts):
     lines = [line for line in reference.models_section(texts["models"]) if "`model." in line]
     assert [line for line in lines if line.endswith("|  |")] == []
     for name, own in texts["models"]["own"].items():
-        fields = components.MODELS[name].__dataclass_fields__
+        fields = components.model_class(name).__dataclass_fields__
         assert own.keys() <= fields.keys() - set(components.FILLED), name
 
 
