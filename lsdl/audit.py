@@ -8,6 +8,7 @@ from lsdl.rendezvous import add_flags, flags
 
 EXAMPLES = """examples:
   python -m lsdl.audit runs/a --steps 1000:2000
+  JAX_NUM_CPU_DEVICES=8 python -m lsdl.audit runs/a --steps 1:20
   srun python -m lsdl.audit runs/a --steps 1000:2000 --distributed=auto
 
 The run must have been trained with guard.audit_every_steps, and the replay needs the processes,

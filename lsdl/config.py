@@ -420,6 +420,6 @@ def compare(stored: dict, current: dict) -> dict[str, tuple]:
         if not RESUMABLE.match(field):
             raise UserError(
                 f"The workdir holds a run with {field}={old}, and this one has {field}={new}: "
-                "choose another --workdir, or take the change back."
+                "choose another --workdir, or take the change back (docs/howto/restart.md)."
             )
     return changed

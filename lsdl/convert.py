@@ -11,11 +11,13 @@ EXAMPLES = """examples:
   python -m lsdl.convert --config configs/lm_gpt2.py:124m --from gpt2/ --out weights/gpt2
   python -m lsdl.train --config configs/lm_gpt2.py:124m --config.init_from=weights/gpt2
   python -m lsdl.convert --run runs/lm_gpt2 --out hf/gpt2
+  python -m lsdl.convert --config configs/imagenet_vit.py:b16 --from vit/model.safetensors \\
+      --out weights/vit
 
 The first reads a safetensors file, or a folder with one or several, as transformers saves it (lsdl
 downloads nothing). The config says which model it is: every tensor has to have its place in it, and
-its sizes have to be those of the folder's config.json. The last reads the newest checkpoint of a
-run, or converted weights, and writes what transformers' from_pretrained reads.
+its sizes have to be those of the folder's config.json. With --run the newest checkpoint of a run or
+converted weights become what transformers' from_pretrained reads (docs/howto/finetune.md).
 exit codes: 0 done, 2 bad input, 130 after Ctrl-C"""
 
 

@@ -9,6 +9,9 @@ from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 EXAMPLES = """examples:
   python -m lsdl.generate --run runs/stdlib_gpt --prompt 'def '
   python -m lsdl.generate --run runs/stdlib_gpt --prompt 'import ' --tokens 300 --temperature 0
+  python -m lsdl.generate --run runs/stdlib_gpt --prompt 'class ' --top-k 20 --seed 7
+
+The run's folder is all that it needs: config, newest checkpoint, and the tokenizer's copy.
 exit codes: 0 done, 2 bad input, 130 after Ctrl-C"""
 
 

@@ -11,6 +11,7 @@ from lsdl.errors import FINISHED, INTERRUPTED, STORAGE, UserError, refuse
 EXAMPLES = """examples:
   python -m lsdl.verify runs/a
   python -m lsdl.verify runs/a --json
+  python -m lsdl.verify weights/gpt2                     # converted weights as well
 
 Every byte of every checkpoint is read and compared with its manifest. Nothing is changed and no
 lock is taken: a run may go on meanwhile.

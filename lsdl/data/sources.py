@@ -112,7 +112,8 @@ def card(source: str) -> Card:
         return _card_of_table(table(source))
     if not source.startswith("tfds:"):
         raise UserError(
-            f"data.source={source!r} is unknown: use {_embedded()}, or tfds:NAME for a TFDS set."
+            f"data.source={source!r} is unknown: use {_embedded()}, or tfds:NAME for a TFDS set "
+            "(docs/howto/data.md makes one)."
         )
     if source.removeprefix("tfds:").replace("/", ":").partition(":")[0] in TEXTS:
         return Card({}, {}, kind="text")

@@ -123,7 +123,10 @@ def make_optimizer(
 def check(f: Fields, plateau: wrappers.Plateau | None, switch: wrappers.Switch | None) -> None:
     """Whether the parts go together; raises `UserError`."""
     if f.name not in NAMES:
-        raise UserError(f"optim.name={f.name!r} is unknown; {nearest(f.name, NAMES)}")
+        hint = nearest(f.name, NAMES)
+        raise UserError(
+            f"optim.name={f.name!r} is unknown; {hint} (docs/howto/optimiser.md adds one)"
+        )
     for field, choices in CHOICES.items():
         if getattr(f, field) not in choices:
             hint = nearest(getattr(f, field), choices)

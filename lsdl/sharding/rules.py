@@ -68,7 +68,10 @@ def table(given: str | Rules) -> Rules:
     """The table of that name, or the user's own pairs, checked, with what they leave unsaid."""
     if isinstance(given, str):
         if given not in TABLES:
-            raise UserError(f"rules={given!r} is no rule table; {nearest(given, TABLES)}")
+            hint = nearest(given, TABLES)
+            raise UserError(
+                f"rules={given!r} is no rule table; {hint} (docs/howto/layout.md makes one)"
+            )
         return TABLES[given]
     form = "write ('logical axis', 'mesh axis'), with several mesh axes in a tuple, or None."
     for rule in given if isinstance(given, tuple | list) else [given]:
