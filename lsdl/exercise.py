@@ -1,20 +1,29 @@
 """The check of an exercise in a notebook: not yet answered, right, or wrong and where."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Judge = Callable[[Mapping[str, Any]], str]
 
 
-def check(answers: Mapping[str, float | None], truth: Mapping[str, float], *, relative=0.0) -> None:
-    """Compare the reader's numbers with those that were measured, and say how they stand.
+def check(
+    answers: Mapping[str, Any], truth: Mapping[str, float] | Judge, *, relative: float = 0.0
+) -> None:
+    """Compare the reader's answers with what was measured, and say how they stand.
 
-    None is a question left open. `relative`: how far an answer may be from the truth. Raises
-    `AssertionError` that names the wrong ones, and keeps the truth to itself.
+    None is a question left open. `truth`: the numbers, `relative` how far an answer may be from
+    its own; or, where many answers are right, a function of all of them that says what is wrong
+    with them, "" if nothing. Raises `AssertionError` that names the wrong ones, and keeps the
+    truth to itself.
     """
-    assert answers.keys() == truth.keys(), f"answer these: {', '.join(truth)}."
     given = {part: answer for part, answer in answers.items() if answer is not None}
-    wrong = [
-        p for p, answer in given.items() if not math.isclose(answer, truth[p], rel_tol=relative)
-    ]
-    assert not wrong, f"think again about: {'; '.join(f'{p} = {given[p]}' for p in wrong)}."
-    left = [part for part in truth if part not in given]
+    left = [part for part in answers if part not in given]
+    said, wrong = "", []
+    if not callable(truth):
+        assert answers.keys() == truth.keys(), f"answer these: {', '.join(truth)}."
+        wrong = [p for p in given if not math.isclose(given[p], truth[p], rel_tol=relative)]
+    elif not left and (found := truth(given)):
+        said, wrong = f" ({found})", given
+    assert not wrong, f"think again about: {'; '.join(f'{p} = {given[p]}' for p in wrong)}{said}."
     print(f"Still open: {', '.join(left)}." if left else "All right.")

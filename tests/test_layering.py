@@ -23,6 +23,7 @@ LEVELS = [
         "progress",
         "marks",
         "plots",
+        "boxes",
         "page",
         "rundir",
         "commits",

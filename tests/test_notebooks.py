@@ -74,6 +74,16 @@ def test_a_check_says_what_is_open_and_what_is_wrong_but_not_the_truth(capsys):
         check({"bytes": 64}, truth)
 
 
+def test_where_many_answers_are_right_a_function_judges_them_all(capsys):
+    six = lambda answers: "" if answers["a"] * answers["b"] == 6 else "their product is not 6"  # noqa: E731
+    check({"a": 5, "b": None}, six)
+    check({"a": 2, "b": 3}, six)
+    check({"a": 1, "b": 6}, six)
+    assert capsys.readouterr().out == "Still open: b.\n" + 2 * "All right.\n"
+    with pytest.raises(AssertionError, match=r"^think again about: a = 2; b = 2 \(their product"):
+        check({"a": 2, "b": 2}, six)
+
+
 # The runner: what does not hold in a notebook has to end the run.
 
 IMPORT = "from lsdl.exercise import check"
