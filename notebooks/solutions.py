@@ -1,6 +1,23 @@
 """Spoilers: to each exercise the right answers, and wrong ones that its check must not let pass."""
 
 SOLUTIONS = {
+    "01_one_step": {
+        "momentum": (
+            # Parameter and moment, and both again or the gradient; of plain SGD no moment.
+            {"one moment, kept": 2 * 8, "one moment, donated": 8 + 4, "none, donated": 4 + 4},
+            {"one moment, kept": 8 + 4, "one moment, donated": 8, "none, donated": 4},
+        ),
+        "uneven": (
+            {"mean": 1.1, "mean of means": 1.5, "a": 0.1, "b": 0.9},
+            {"mean": 1.5, "mean of means": 1.1, "a": 0.5, "b": 0.5},
+        ),
+        "traces": (
+            # A Python float is a type of its own, and an array's scalar another: both once. Static
+            # arguments are compared by value.
+            {"four rates": 2, "four batches": 3, "static rates": 2},
+            {"four rates": 4, "four batches": 4, "static rates": 1},
+        ),
+    },
     "02_sharding": {
         "split": (
             # Split in 2 x 2 along the first dim; tensor, which is not named, has the copies.
