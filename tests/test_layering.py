@@ -97,6 +97,7 @@ LEVELS = [
             "checkup",
             "sweep",
             "entry",
+            "rehearsal",
         ),
         *("runs", "dynamics", "foresight", "reporting", "verdict", "book"),
         *("specimen", "findings.found", "findings.curvature", "findings.surface"),
