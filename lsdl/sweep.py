@@ -35,10 +35,17 @@ class Run(NamedTuple):
     run_s: float  # of the steps alone
 
 
-def train(path: str, overrides: Mapping[str, Any], *, whole_statistics: bool = False) -> Run:
+def train(
+    path: str,
+    overrides: Mapping[str, Any],
+    *,
+    whole_statistics: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Run:
     """Train the config file `path` with {field: value} overrides from the start to the end.
 
     `whole_statistics`: evaluate with BatchNorm's statistics of the whole training split.
+    `options`: of the compiler.
     Raises `UserError` for a batch ramp.
     """
     own = opened(path, overrides)
@@ -58,7 +65,7 @@ def train(path: str, overrides: Mapping[str, Any], *, whole_statistics: bool = F
     batches_T = _batches(path, data)
     rates_T = jnp.asarray(np.array([own.schedule(s) for s in range(own.total_steps)], np.float32))
     arguments = (jax.random.key(own.seed), rates_T, batches_T)
-    program = _program(path, shared, arguments)
+    program = _program(path, shared, options, arguments)
     started = time.perf_counter()
     state, metrics_T = jax.block_until_ready(program(*arguments))
     run_s = time.perf_counter() - started
@@ -76,11 +83,13 @@ def _experiment(path: str, shared: tuple) -> Experiment:
 _programs: dict[tuple, Any] = {}  # the last one compiled, by what it was compiled for
 
 
-def _program(path: str, shared: tuple, arguments: tuple):
-    if (path, shared) not in _programs:
+def _program(path: str, shared: tuple, options: Mapping[str, Any] | None, arguments: tuple):
+    key = path, shared, tuple(sorted((options or {}).items()))
+    if key not in _programs:
         _programs.clear()
-        _programs[path, shared] = _experiment(path, shared).whole_run.lower(*arguments).compile()
-    return _programs[path, shared]
+        lowered = _experiment(path, shared).whole_run.lower(*arguments)
+        _programs[key] = lowered.compile(options)
+    return _programs[key]
 
 
 @functools.lru_cache(maxsize=16)

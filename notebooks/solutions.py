@@ -68,4 +68,32 @@ SOLUTIONS = {
             {"layers of a segment": 8},
         ),
     },
+    "08_many_processes": {
+        "rows": (
+            # Devices 2 and 3 are process 1's. The outer axis is what the processes differ in: by
+            # tensor they differ in no row.
+            {
+                **{"data=2,fsdp=2, first": 4, "data=2,fsdp=2, number": 4},
+                **{"fsdp=2,tensor=2, first": 4, "fsdp=2,tensor=2, number": 4},
+                **{"tensor=2,fsdp=2, first": 0, "tensor=2,fsdp=2, number": 8},
+            },
+            {
+                **{"data=2,fsdp=2, first": 2, "data=2,fsdp=2, number": 2},
+                **{"fsdp=2,tensor=2, first": 0, "fsdp=2,tensor=2, number": 8},
+                **{"tensor=2,fsdp=2, first": 4, "tensor=2,fsdp=2, number": 4},
+            },
+        ),
+        "dealt": (
+            # On tensor=2,data=2 each has the four rows that it was dealt and believes them to be
+            # all; on data=4 they are eight different rows, in another order.
+            {"process 0": 7 + 8 + 8 + 9, "process 1": 2 + 9 + 9 + 5, "process 0, data=4": 57},
+            {"process 0": 57, "process 1": 57, "process 0, data=4": 32},
+        ),
+        "verdict": (
+            # Nobody else is needed to read one's own part; the sum is the same in both, so that
+            # both take the same branch; their parts differ, and one of them goes to meet nobody.
+            {"shows its part": 0, "asks the sum": 0, "asks its part": 1},
+            {"shows its part": 1, "asks the sum": 1, "asks its part": 0},
+        ),
+    },
 }
