@@ -68,6 +68,40 @@ SOLUTIONS = {
             {"layers of a segment": 8},
         ),
     },
+    "04_custom_mesh": {
+        "layout": (
+            # fsdp last: its groups of four lie inside a host. tensor gathers no parameters.
+            {"mesh": "tensor=2,fsdp=4", "rules": "fsdp_tp"},
+            {"mesh": "fsdp=4,tensor=2", "rules": "fsdp_tp"},
+        ),
+        "whole": (
+            # Attention's 8, the norms' 6, the bias of mlp/down, and the positions.
+            {"arrays": 8 + 6 + 1 + 1, "bytes of the largest": 64 * 64 * 4},
+            {"arrays": 8 + 6, "bytes of the largest": 256 * 64 * 4},
+        ),
+        "crossing": (
+            # 2 x 1/2 of a quarter over data; 3/4 each of the gather and the scatter over fsdp.
+            {"data=2,fsdp=4": 1 / 4, "fsdp=4,data=2": 3 / 2},
+            {"data=2,fsdp=4": 3 / 2, "fsdp=4,data=2": 1 / 4},
+        ),
+    },
+    "05_plan_a_pod": {
+        "small": (
+            # 50,257 and 1,024 rows of 768, 12 blocks of 12 x 768^2 + 13 x 768, one last norm.
+            {"parameters": 124_439_808, "without positions": 124_439_808 - 1024 * 768},
+            {"parameters": 124_439_808 - 1024 * 768, "without positions": 124_000_000},
+        ),
+        "room": (
+            # 4 bytes each of parameter, gradient and two moments.
+            {"parameters": 80 * 2**30 / 16, "devices for GPT-3": 33},
+            {"parameters": 80 * 2**30 / 12, "devices for GPT-3": 25},
+        ),
+        "layout": (
+            # The weights are gathered in each microbatch: few of them, and no tensor.
+            {"data": 1, "fsdp": 8, "tensor": 1, "accum": 2},
+            {"data": 1, "fsdp": 1, "tensor": 8, "accum": 2},
+        ),
+    },
     "08_many_processes": {
         "rows": (
             # Devices 2 and 3 are process 1's. The outer axis is what the processes differ in: by
