@@ -31,8 +31,7 @@ def figure(folders: list[Path]) -> plots.Figure:
     curves = {label(folder): losses(folder) for folder in folders}
     (_, first), *_ = curves.values()
     apart = {
-        name: (steps, np.maximum(abs(loss / first - 1), 1e-9))
-        for name, (steps, loss) in list(curves.items())[1:]
+        name: (steps, (loss / first - 1) * 1e7) for name, (steps, loss) in list(curves.items())[1:]
     }
     (config,) = {json.loads((f / "config.json").read_text())["source"] for f in folders}
     drawn = [
@@ -41,9 +40,7 @@ def figure(folders: list[Path]) -> plots.Figure:
             apart,
             title=f"Distance from {next(iter(curves))}",
             x="step",
-            y="of the loss",
-            logy=True,
-            levels={"rounding of a float32": 2.0**-24},
+            y="ten-millionths of the loss",
         ),
     ]
     alt = f"The curves of {len(folders)} layouts lie on one another, to rounding."

@@ -33,6 +33,13 @@ def test_every_link_leads_somewhere(name):
         assert not anchor or anchor in documents.anchors(documents.Path(path)), (path, anchor)
 
 
+def test_the_figure_is_small_and_says_what_it_shows():
+    text = (ROOT / "docs" / "layouts.svg").read_text()
+    assert len(text) < 300_000
+    for layout in ("data=8", "fsdp=8", "data=2 fsdp=2 tensor=2", "data=8 shard_map"):
+        assert layout in text
+
+
 @each_page
 def test_every_file_and_module_that_is_named_is_there(name):
     pages = (*documents.TOGETHER.get(name, ()), name)
