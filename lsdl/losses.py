@@ -24,6 +24,33 @@ def _chunked(sums: Callable[..., Sums], chunks) -> Sums:
     return jax.tree.map(lambda part: part.sum(0), parts)
 
 
+@jax.custom_vjp
+def _project(hidden_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """The logits `(B, L, V)` in float32. Their gradient is rounded to the type of what they are of.
+
+    Left to itself jax multiplies by the gradient in float32, and the products are a quarter of a
+    small model's: on one H200 GPT-2 124M took 1.28 times as long a step as nanoGPT, whose products
+    are in bfloat16 all.
+    """
+    return jnp.einsum("BLD,VD->BLV", hidden_BLD, table_VD, preferred_element_type=jnp.float32)
+
+
+def _project_forward(hidden_BLD, table_VD):
+    return _project(hidden_BLD, table_VD), (hidden_BLD, table_VD)
+
+
+def _project_backward(kept, gradient_BLV):
+    hidden_BLD, table_VD = kept
+    gradient_BLV = gradient_BLV.astype(hidden_BLD.dtype)
+    return (
+        jnp.einsum("BLV,VD->BLD", gradient_BLV, table_VD),
+        jnp.einsum("BLV,BLD->VD", gradient_BLV, hidden_BLD),
+    )
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 def token_cross_entropy(
     hidden_BLD: jax.Array,
     table_VD: jax.Array,
@@ -45,16 +72,15 @@ def token_cross_entropy(
     table_VD = table_VD.astype(hidden_BLD.dtype)
 
     def sums(hidden_BLD, target_BL, weight_BL) -> Sums:
-        logits_BLV = jnp.einsum(
-            "BLD,VD->BLV", hidden_BLD, table_VD, preferred_element_type=jnp.float32
-        )
+        logits_BLV = _project(hidden_BLD, table_VD)
         if bias_V is not None:
             logits_BLV += bias_V.astype(jnp.float32)[None, None]
         logits_BLV = nn.with_logical_constraint(logits_BLV, ("batch", "length", "vocab"))
-        padding_V = jnp.arange(len(table_VD)) >= vocab_size
-        logits_BLV = jnp.where(padding_V[None, None], -1e30, logits_BLV)
+        token_V = jnp.arange(len(table_VD))[None, None]
+        logits_BLV = jnp.where(token_V >= vocab_size, -1e30, logits_BLV)
         log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-        chosen_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
+        # By a sum, which shares the pass of another; a gather has its own, and so its gradient.
+        chosen_BL = jnp.where(token_V == target_BL[..., None], logits_BLV, 0).sum(-1)
         loss_BL = log_z_BL - chosen_BL
         correct_BL = logits_BLV.argmax(-1) == target_BL
         return {
