@@ -8,7 +8,7 @@ import pytest
 from lsdl import boxes, marks
 from tests.test_plots import SVG, words
 
-BARS = {"dp": {"parameters": 4, "moments": 8}, "fsdp": {"parameters": 1, "moments": 2}}
+BARS = {"dp": {"params": 4, "moments": 8, "gradients": 4}, "fsdp": {"params": 1, "moments": 2}}
 SPANS = {"host": [("call", 0, 1), ("read", 1, 4)], "device": [("step", 0.5, 4)]}
 WORDS = [["fsdp", "tensor"], ["whole", ""]]
 FIGURES = {
@@ -34,7 +34,7 @@ def test_a_figure_of_boxes_is_the_same_each_time_and_names_its_boxes(name):
     figure = FIGURES[name]
     assert figure.svg() == figure.svg()
     names = {
-        "stacks": {"dp", "fsdp", "parameters", "moments", "12", "3", "there is 6", "GiB"},
+        "stacks": {"dp", "fsdp", "params", "moments", "gradients", "16", "3", "there is 6", "GiB"},
         "timeline": {"host", "device", "call", "read", "step", "ms"},
         "cells": {"a", "b", "up", "down", "fsdp", "tensor", "whole"},
     }
@@ -42,13 +42,13 @@ def test_a_figure_of_boxes_is_the_same_each_time_and_names_its_boxes(name):
 
 
 def test_a_part_is_as_long_as_its_value_and_starts_where_the_one_before_it_ends():
-    (parameters, small), (moments, half) = (
-        drawn(FIGURES["stacks"], marks.PALETTE[i]) for i in (0, 1)
+    (params, few), (moments, half), (gradients,) = (
+        drawn(FIGURES["stacks"], marks.PALETTE[i]) for i in range(3)
     )
-    assert moments[1] == pytest.approx(2 * parameters[1], rel=1e-4)
-    assert small[1] == pytest.approx(parameters[1] / 4, rel=1e-4)
-    assert moments[0] == pytest.approx(sum(parameters), rel=1e-4)
-    assert half[0] == pytest.approx(sum(small), rel=1e-4)
+    assert moments[1] == pytest.approx(2 * params[1], rel=1e-4)
+    assert few[1] == pytest.approx(params[1] / 4, rel=1e-4)
+    for before, after in ((params, moments), (moments, gradients), (few, half)):
+        assert after[0] == pytest.approx(sum(before), rel=1e-4)
 
 
 def test_a_span_lies_where_its_time_is():
