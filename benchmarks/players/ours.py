@@ -1,0 +1,92 @@
+"""lsdl: the train step that `lsdl.train` runs, on batches that are on the device already."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.matches import Match
+from lsdl.models import convert
+from lsdl.planner.count import count, recomputed
+from lsdl.rundir import commit, versions
+from lsdl.source import Source
+from lsdl.step import variables_of
+from lsdl.weights import write
+
+BATCHES = 4
+
+
+class Player:
+    """Takes steps; the state is its own."""
+
+    def __init__(self, match: Match, folder: Path):
+        flags = tuple(f"--config.{flag}" for flag in match.overrides)
+        experiment = Source(match.config, flags).build()
+        self._experiment = experiment
+        program, batch = experiment.phases[0].train_step, experiment.abstract_batch
+        state = experiment.abstract_state
+        flops = count(program.trace(state, batch))
+        self.told = {
+            "version": commit(),
+            "parameters": experiment.num_parameters,
+            "flops_per_step": flops.total() - recomputed(flops),
+            "versions": versions(),
+        }
+        self._step = program.lower(state, batch).compile()
+        memory = self._step.memory_analysis()
+        self.told["planned_bytes"] = (
+            memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+        self._state = experiment.init()
+        self._batches = [
+            jax.device_put(each, jax.tree.map(lambda x: x.sharding, dict(batch)))
+            for each in self._write(folder, dict(batch))
+        ]
+        self._taken, self._loss = 0, None
+
+    def _write(self, folder: Path, batch: dict) -> list[dict]:
+        """The batches, and the initial parameters in the form that Hugging Face's files have."""
+        random = np.random.default_rng(0)
+        made = [
+            {name: _random(random, name, x, self._experiment) for name, x in batch.items()}
+            for _ in range(BATCHES)
+        ]
+        variables = variables_of(self._state)
+        weights = {
+            "params": variables.pop("params"),
+            "model_state": variables,
+        }
+        weights = jax.device_get(weights)
+        tensors = convert.to_hf(weights, self._experiment.module)
+        settings = convert.fields(self._experiment.module, weights)
+        write(folder / "weights", tensors, settings)
+        stacked = {name: np.stack([each[name] for each in made]) for name in batch}
+        np.savez(folder / "batches.npz", **stacked)
+        (folder / "ready").touch()
+        return made
+
+    def steps(self, number: int) -> None:
+        """So many steps are sent to the device."""
+        for _ in range(number):
+            batch = self._batches[self._taken % BATCHES]
+            self._state, metrics = self._step(self._state, batch)
+            self._loss, self._taken = metrics["loss"], self._taken + 1
+
+    def loss(self) -> float:
+        """Of the last step, once all is done."""
+        jax.block_until_ready(self._state)
+        return float(self._loss)
+
+    def peak_bytes(self) -> int | None:
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _random(random: np.random.Generator, name: str, leaf: jax.ShapeDtypeStruct, experiment):
+    if name == "weight":
+        return np.ones(leaf.shape, leaf.dtype)
+    most = {"token": getattr(experiment.task, "vocab_size", 0), "image": 256}
+    most |= {"label": getattr(experiment.task, "num_classes", 0)}
+    return random.integers(0, most[name], leaf.shape).astype(leaf.dtype)

@@ -1,0 +1,117 @@
+"""Contests: what is not the same is not played, what was disturbed is dropped, and all is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import contest, run, table
+from benchmarks.matches import MATCHES
+
+RESULTS = sorted(table.RESULTS.glob("*.json"))
+MATCH = MATCHES["gpt_4x128"]
+
+
+class Player:
+    """Stands for a worker's process: its losses, and the seconds that each burst takes."""
+
+    def __init__(self, player, losses, wall_s):
+        self.player, self._losses, self._wall_s = player, losses, wall_s
+        self.bursts = 0
+
+    def say(self, verb, number):
+        assert verb == "compare"
+
+    def hear(self):
+        return {"losses": self._losses}
+
+    def ask(self, verb, number):
+        self.bursts += 1
+        return {"wall_s": self._wall_s * number, "cpu_s": 0.0, "loss": 0.0, "peak": 7}
+
+    def cpu_s(self):
+        return 0.0
+
+
+TOLD = {
+    "ours": {"flops_per_step": 100, "planned_bytes": 6, "ready_s": 1.0},
+    "nanogpt": {"version": "3adf61e", "ready_s": 1.0, "parameters": 5, "versions": {"torch": "2"}},
+}
+
+
+def played(*players, rounds=7):
+    return contest._played("gpt_4x128", MATCH, players, TOLD, rounds, lambda *_: None)
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr(contest, "busy_s", lambda: 0.0)
+
+
+def test_a_ratio_is_our_time_over_theirs(quiet):
+    (found,) = played(Player("ours", [5.0, 4.0], 2.0), Player("nanogpt", [5.0, 4.0005], 4.0))
+    assert found["ratio"] == {"min": 0.5, "median": 0.5, "max": 0.5}
+    assert found["n"] == 7
+    assert found["losses_apart"] == pytest.approx(0.0005)
+    assert found["lsdl"]["tokens_per_s"] == 12 * 64 / 2.0
+    assert found["lsdl"]["model_flops_per_s"] == 50
+    assert found["theirs"]["step_s"] == 4.0
+
+
+def test_what_computes_something_else_is_not_timed(quiet):
+    other = Player("nanogpt", [5.0, 4.1], 4.0)
+    with pytest.raises(contest.Unable, match=r"nanogpt computes something else: .* 0\.1 apart"):
+        played(Player("ours", [5.0, 4.0], 2.0), other)
+    assert other.bursts == 0
+    with pytest.raises(contest.Unable, match="something else"):
+        played(Player("ours", [5.0, 4.0], 2.0), Player("nanogpt", [5.0, float("nan")], 4.0))
+
+
+def test_disturbed_rounds_are_dropped_and_told(monkeypatch):
+    seen = iter(range(1000))
+    # Others take a second of CPU during every fourth burst, which lasts 2 or 4 s a step.
+    monkeypatch.setattr(contest, "busy_s", lambda: 500.0 * ((next(seen) + 1) // 8))
+    players = Player("ours", [5.0], 2.0), Player("nanogpt", [5.0], 4.0)
+    (found,) = played(*players, rounds=4)
+    assert (found["n"], found["dropped"] > 0) == (4, True)
+    monkeypatch.setattr(contest, "busy_s", lambda: 500.0 * next(seen))
+    with pytest.raises(contest.Unable, match="only 0 of 4 rounds were quiet"):
+        played(*players, rounds=4)
+
+
+def test_the_table_is_that_of_the_results():
+    text = table.DOCUMENT.read_text()
+    assert text == table.document(text)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_say_where_they_come_from(path):
+    for one in json.loads(path.read_text()):
+        assert one["match"] == MATCHES[path.stem].title
+        assert one["peer"] in MATCHES[path.stem].peers
+        assert one["n"] >= 5
+        assert one["losses_apart"] <= MATCHES[path.stem].close
+        assert 0 < one["ratio"]["min"] <= one["ratio"]["median"] <= one["ratio"]["max"]
+        for field in ("device", "peer_commit", "versions", "command", "commit", "date"):
+            assert one[field], field
+
+
+def test_a_match_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", "gpt_4x129"])
+    assert run.main() == 2
+    assert "There is no match 'gpt_4x129': see --list." in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["run", "--list"])
+    assert run.main() == 0
+    assert all(name in capsys.readouterr().out for name in ["gpt_4x128"])
+
+
+@pytest.mark.slow
+def test_without_a_peer_lsdl_is_timed_alone(monkeypatch, tmp_path):
+    """In processes of their own, for real."""
+    monkeypatch.delenv("LSDL_PEERS_DIR", raising=False)
+    monkeypatch.setattr(contest, "FOREIGN", 100)
+    said = []
+    (found,) = contest.play("gpt_4x128", rounds=1, log=Path(tmp_path), say=said.append)
+    assert found["peer"] is None
+    assert found["lsdl"]["step_s"] > 0
+    assert any("no peer is there" in line for line in said)
