@@ -102,6 +102,29 @@ SOLUTIONS = {
             {"data": 1, "fsdp": 1, "tensor": 8, "accum": 2},
         ),
     },
+    "06_large_batch": {
+        "tradeoff": (
+            # S / S_min = 1 + B_crit / B, and E / E_min = 1 + B / B_crit.
+            {"steps at B_crit": 2, "steps at 4 B_crit": 1.25, "examples at 4 B_crit": 5},
+            {"steps at B_crit": 1, "steps at 4 B_crit": 1, "examples at 4 B_crit": 4},
+        ),
+        "rates_of_256": (
+            # 8 times 0.1 and the root of 8 times; 4 whole batches an epoch, a quarter of them warm.
+            {
+                **{"linear": 0.8, "square root": 0.1 * 8**0.5},
+                **{"updates": 12 * 4, "of them warm-up": 12},
+            },
+            {
+                **{"linear": 25.6, "square root": 0.4},
+                **{"updates": 12 * 5, "of them warm-up": 15},
+            },
+        ),
+        "by_hand": (
+            # Rate times trust, whatever the gradient's length; what has no trust ratio follows it.
+            {"kernel": 0.032, "kernel, loss x 100": 0.032, "bias, loss x 100": 100},
+            {"kernel": 1.6, "kernel, loss x 100": 3.2, "bias, loss x 100": 1},
+        ),
+    },
     "08_many_processes": {
         "rows": (
             # Devices 2 and 3 are process 1's. The outer axis is what the processes differ in: by
