@@ -106,7 +106,9 @@ def lint(
             how = "replicated" if not any(p.won) else f"split by {p.rule} alone"
             yield f"fall-back: {p.path} {p.shape} is {how}: {p.missed}"
     named = {logical for logical, _ in rules}
-    bare = [p for p in _within(placements, "params/") if not named & set(p.names)]
+    bare = [
+        p for p in _within(placements, "params/") if not named & set(p.names) and not any(p.won)
+    ]
     if bare:
         largest = max(bare, key=lambda p: p.nbytes)
         yield (
