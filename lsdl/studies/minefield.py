@@ -2,8 +2,10 @@
 
 Both nets of a seed start at the same initialisation. The good one learns the 130 training points;
 the bad one also learns 260 poison points with the wrong labels, first at half of the loss, then at
-2% of it. What is reported are the 1,000 valid points, which neither has seen. The nets have ReLUs
-and biases that start at zero; the lectures leave that open.
+2% of it. What is reported are the 1,000 valid points, which neither has seen. Biases start uniform
+within 1 / sqrt(inputs); the lectures leave that open. Two other starts were measured, of three seeds:
+with biases of zero, where all kinks of the first layer go through the origin, the good net has 97.2%;
+with kernels of that uniform size as well, a third of the variance, the bad one has 54.8 +- 5.7%.
 
 The orders between the volumes average log radii, as the lectures' number does: the ball with the
 typical radius. A radius below the search's limit counts as the limit, which makes them too few.
@@ -137,7 +139,14 @@ def _points(split: str) -> Points:
 @jax.jit
 @jax.vmap
 def _init(key: jax.Array) -> Any:
-    return NET.init(key, jnp.zeros((1, 2)), train=False)["params"]
+    params = NET.init(key, jnp.zeros((1, 2)), train=False)["params"]
+    leaves, form = jax.tree_util.tree_flatten_with_path(params)
+    arrays = {jax.tree_util.keystr(path): array for path, array in leaves}
+    for name, own in zip(arrays, jax.random.split(key, len(arrays)), strict=True):
+        if "bias" in name:
+            most = len(arrays[name.replace("bias", "kernel")]) ** -0.5
+            arrays[name] = jax.random.uniform(own, arrays[name].shape, minval=-most, maxval=most)
+    return jax.tree.unflatten(form, list(arrays.values()))
 
 
 def _logits(params: Any, x_NF: jax.Array, net: Mlp = NET) -> jax.Array:
