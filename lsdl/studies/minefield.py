@@ -5,7 +5,7 @@ the bad one also learns 260 poison points with the wrong labels, first at half o
 2% of it. What is reported are the 1,000 valid points, which neither has seen. Biases start uniform
 within 1 / sqrt(inputs); the lectures leave that open. Two other starts were measured with three
 seeds: with biases of zero, where all kinks of the first layer go through the origin, the good net
-has 97.2%; with kernels of that uniform size as well, a sixth of the variance, the bad one has 54.8%.
+has 97.2%; with kernels of that size as well, a sixth of the variance, the bad one has 54.8%.
 
 The orders between the volumes average log radii, as the lectures' number does: the ball with the
 typical radius. A radius below the search's limit counts as the limit, which makes them too few.
