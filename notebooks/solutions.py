@@ -125,6 +125,25 @@ SOLUTIONS = {
             {"kernel": 1.6, "kernel, loss x 100": 3.2, "bias, loss x 100": 1},
         ),
     },
+    "07_loss_surface": {
+        "mean_curvature": (
+            # The mean of z z^T is the identity; divided by |z|^2, the identity over p.
+            {"normal numbers": 1, "length 1": 1 / 760, "coordinate axes": 1 / 760},
+            {"normal numbers": 1 / 760, "length 1": 1, "coordinate axes": 1},
+        ),
+        "twin_over_net": (
+            # The same function of weights that are 10 times as long: a tenth of the slope in each,
+            # a hundredth of the curvature. And the other way round.
+            {"loss": 1, "first kernel": 1 / 100, "second kernel": 100},
+            {"loss": 10, "first kernel": 10, "second kernel": 1 / 10},
+        ),
+        "largest_rate": (
+            # A step multiplies the push by 1 - rate x curvature, and with momentum m the worse root
+            # of z^2 - (1 + m - rate x curvature) z + m leaves the unit circle at -1.
+            {"plain": 2, "momentum 0.9": 2 * (1 + 0.9)},
+            {"plain": 1, "momentum 0.9": 0.2},
+        ),
+    },
     "08_many_processes": {
         "rows": (
             # Devices 2 and 3 are process 1's. The outer axis is what the processes differ in: by
