@@ -41,21 +41,15 @@ class Worker:
         env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all share one device
         env["JAX_DEFAULT_PRNG_IMPL"] = "unsafe_rbg"  # the initial values compile in no time
         if kind == "cpu":
-            env["JAX_PLATFORMS"] = "cpu"
+            env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         if player != "ours":
             python = os.environ.get(PEERS_PYTHON, python)
         self.player = player
         self._log = log / f"{match}-{player}.log"
         command = [python, "-m", "benchmarks.worker", match, player, str(folder)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("w"),
-            text=True,
-            env=env,
-            cwd=ROOT,
-        )
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        with self._log.open("w") as errors:
+            self._process = subprocess.Popen(command, **pipes, stderr=errors, env=env, cwd=ROOT)
 
     def hear(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
@@ -79,7 +73,7 @@ class Worker:
 
     def end(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def _paths() -> list[str]:

@@ -204,7 +204,7 @@ def test_no_command_is_left_out_without_a_reason_and_no_reason_without_a_command
 
 
 def copy(folder):
-    """The repository as a clone has it, and a `python` on the path."""
+    """The repository as a clone has it after `make train`, and a `python` on the path."""
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"],
         capture_output=True,
@@ -215,6 +215,7 @@ def copy(folder):
         if file.split("/")[0] not in ("tests", ".ci") and (ROOT / file).is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, folder / file)
+    (folder / ".venv").symlink_to(sys.prefix)
     (folder / ".bin").mkdir()
     python = folder / ".bin" / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
