@@ -125,7 +125,7 @@ def check(f: Fields, plateau: wrappers.Plateau | None, switch: wrappers.Switch |
     if f.name not in NAMES:
         hint = nearest(f.name, NAMES)
         raise UserError(
-            f"optim.name={f.name!r} is unknown; {hint} (docs/howto/optimiser.md adds one)"
+            f"optim.name={f.name!r} is unknown; {hint} docs/howto/optimiser.md adds one."
         )
     for field, choices in CHOICES.items():
         if getattr(f, field) not in choices:

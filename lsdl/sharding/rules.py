@@ -70,7 +70,7 @@ def table(given: str | Rules) -> Rules:
         if given not in TABLES:
             hint = nearest(given, TABLES)
             raise UserError(
-                f"rules={given!r} is no rule table; {hint} (docs/howto/layout.md makes one)"
+                f"rules={given!r} is no rule table; {hint} docs/howto/layout.md makes one."
             )
         return TABLES[given]
     form = "write ('logical axis', 'mesh axis'), with several mesh axes in a tuple, or None."
