@@ -147,12 +147,13 @@ def _played(name, match: Match, workers: Sequence[Worker], told, rounds: int, sa
     if len(times) < rounds:
         raise Unable(f"only {len(times)} of {rounds} rounds were quiet")
     return [
-        _told(match, player, told, times, apart, peaks, dropped)
+        _told(name, match, player, told, times, apart, peaks, dropped)
         for player in [worker.player for worker in workers[1:]] or [None]
     ]
 
 
 def _told(
+    name: str,
     match: Match,
     peer: str | None,
     told: Mapping[str, Any],
@@ -179,7 +180,7 @@ def _told(
         "n": len(times),
         "dropped": dropped,
         "versions": versions(),
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.run {name} --rounds {len(times)}",
         "commit": os.environ.get("LSDL_COMMIT") or commit(),
         "date": now(),
     }
