@@ -1,9 +1,9 @@
 """Analyze: `python -m lsdl.analyze KIND --run RUN`: what a run's checkpoint can be asked."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from lsdl.entry import leave
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """kinds:
@@ -84,4 +84,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

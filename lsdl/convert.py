@@ -2,9 +2,9 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from lsdl.entry import leave
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -104,4 +104,4 @@ def _model(experiment):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

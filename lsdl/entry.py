@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from lsdl import interruption
 from lsdl.errors import INTERRUPTED, UserError, refuse
@@ -55,7 +56,15 @@ def _excuse(
             excuse(*given, code=code, token=run_token(os.environ))
 
 
-def leave(code: int) -> None:
-    """End the process of an entry with `code`, and with the other processes of its job."""
-    processes = sys.modules.get("lsdl.processes")  # not there: nothing was begun
-    processes.leave(code) if processes else sys.exit(code)
+def leave(code: int) -> NoReturn:
+    """End the process of an entry with `code`, and with the other processes of its job.
+
+    Past the interpreter's own end: a thread of C++ that asks for Python during it aborts the
+    process ("terminate called without an active exception") after all was done.
+    """
+    if processes := sys.modules.get("lsdl.processes"):  # not there: nothing was begun
+        processes.leave(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)

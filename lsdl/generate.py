@@ -1,9 +1,9 @@
 """Generate: `python -m lsdl.generate --run RUN --prompt TEXT`: a sample of a language model."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from lsdl.entry import leave
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -102,4 +102,4 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

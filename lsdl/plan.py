@@ -2,9 +2,9 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from lsdl.entry import leave
 from lsdl.errors import INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -75,4 +75,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

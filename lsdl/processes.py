@@ -9,11 +9,10 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from jax._src import distributed
@@ -196,11 +195,10 @@ def speaks(
     return mode == "off" or not place(os.environ).process_id
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with `code`; one of many does not wait for jax, which may wait for ever."""
+def leave(code: int) -> None:
+    """End this process with `code`, if it is one of many: jax may wait for the others for ever."""
     if _peers:
         _peers.leave(code)
-    sys.exit(code)
 
 
 def explain() -> int:

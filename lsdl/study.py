@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lsdl.entry import leave
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -89,4 +90,4 @@ def study(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

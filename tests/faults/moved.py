@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lsdl import commits, config, processes
+from lsdl import commits, config, entry, processes
 from lsdl.checkpoint import Checkpoints
 from lsdl.errors import UserError, refuse
 from lsdl.experiment import build
@@ -104,7 +104,7 @@ def main():
         code = refuse(error)
     except SystemExit as leaving:
         code = leaving.code
-    processes.leave(code)
+    entry.leave(code)
 
 
 if __name__ == "__main__":

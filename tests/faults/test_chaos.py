@@ -1,6 +1,7 @@
 """Rounds of kill, stop, stall and late start: no hang, the right code and culprit each time."""
 
 import random
+import re
 import shutil
 import threading
 import time
@@ -9,6 +10,8 @@ import pytest
 
 from lsdl.errors import STUCK, UNREACHABLE
 from lsdl.launcher import watch
+from lsdl.metrics import read_rows
+from lsdl.watchdog import MEDIANS
 from tests.faults.jobs import STEPS, Job, complete, rows, saved
 from tests.faults.test_job import HEARTBEAT_S, STUCK_S
 
@@ -19,7 +22,7 @@ HUNG_S = 100  # a job that has not ended
 ENDS = {
     "kill": (137, "process {0} of {1} was killed by SIGKILL", 15),
     "stop": (UNREACHABLE, "Process {0} of {1} is lost: nothing came from it", HEARTBEAT_S + 10),
-    "loop": (STUCK, "Behind the others: process {0}, after step", STUCK_S + 15),
+    "loop": (STUCK, "Behind the others: process {0}, after step", 15),  # and the watchdog's limit
     "late": (0, "", None),
 }
 
@@ -67,6 +70,15 @@ def played(workdir, draw, processes, capfd):
     return fault, how, code, said, began and ended - began
 
 
+def limit_s(workdir, said):
+    """What the watchdog allowed a step, as it says: no more than 20 of the run's own."""
+    told_s = int(re.search(r"Stuck: a step after step \d+ has taken more than (\d+) s", said)[1])
+    times_s = [row.get("step_time_s", 0) for row in read_rows(workdir / "metrics.jsonl")]
+    look_s = STUCK_S / 10  # between two looks, by which it may be late to see a step's end
+    assert told_s <= max(STUCK_S, MEDIANS * (max(times_s, default=0) + look_s)), (said, times_s)
+    return told_s
+
+
 @pytest.mark.faults
 @pytest.mark.threat(28, 29, 30, 44)
 @pytest.mark.parametrize("case", range(CASES))
@@ -83,6 +95,8 @@ def test_no_fault_hangs_a_job(tmp_path, case, capfd, record_property):
             expected, sentence, within_s = ENDS["late"]
         assert code == expected, told
         assert sentence.format(fault["process"], processes) in said, told
+        if how == "loop" and within_s:
+            within_s += limit_s(workdir, said)
         if within_s:
             assert took_s < within_s, (took_s, told)
             slowest_s = max(slowest_s, took_s)
