@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         # After the parser, so that --help and a mistyped flag cost no second.
-        from lsdl import surveying
+        from lsdl import compile_cache, surveying
 
+        compile_cache.use()
         print(surveying.run(arguments))
         return FINISHED
     except UserError as error:

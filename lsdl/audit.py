@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def audit(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Compare what the command line says; returns the exit code."""
     # After the parser, so that --help and a mistyped flag cost no second.
-    from lsdl import processes
+    from lsdl import compile_cache, processes
     from lsdl.config import from_json
     from lsdl.experiment import build
     from lsdl.replay import replay
@@ -55,6 +55,7 @@ def audit(arguments: argparse.Namespace, rest: list[str]) -> int:
     if stored is None:
         raise UserError(f"{arguments.run} is no run folder: it has no config.json.")
     processes.initialise(**flags(arguments))
+    compile_cache.use(quiet=not processes.is_main())
     experiment = build(from_json(stored["config"]))
     experiment.check_data()
     steps = replay(experiment, folder, first=int(first), last=int(last))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from lsdl import prediction, processes
+from lsdl import compile_cache, prediction, processes
 from lsdl.checkpoint import Checkpoints, load_weights, merged
 from lsdl.data import skip
 from lsdl.errors import NotFiniteError
@@ -58,6 +58,7 @@ class Course:
         """(the programs from `first` on, what is predicted of them), compiled once."""
         if self._compiled is None:
             programs = _compiled(self.experiment, first)
+            compile_cache.seal()  # a restart after a kill finds them
             predicted = prediction.make(self.experiment, programs)
             if is_main():
                 write_json(self.folder.plan, predicted)

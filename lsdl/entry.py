@@ -62,7 +62,9 @@ def leave(code: int) -> NoReturn:
     Past the interpreter's own end: a thread of C++ that asks for Python during it aborts the
     process ("terminate called without an active exception") after all was done.
     """
-    if processes := sys.modules.get("lsdl.processes"):  # not there: nothing was begun
+    if cache := sys.modules.get("lsdl.compile_cache"):
+        cache.seal()
+    if processes := sys.modules.get("lsdl.processes"):  # none: nothing was begun
         processes.leave(code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more

@@ -54,6 +54,7 @@ def generate(arguments: argparse.Namespace) -> int:
     # After the parser, so that --help and a mistyped flag cost no second.
     import jax
 
+    from lsdl import compile_cache
     from lsdl import config as configs
     from lsdl.data import text
     from lsdl.experiment import reopen, stored_weights
@@ -70,6 +71,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if config.data.seq_len < 1:
         raise UserError(f"{folder.path} learned from {config.data.source}, which is no text.")
     name = folder.own_tokenizer(config.data.tokenizer)
+    compile_cache.use()
     experiment = reopen(stored["config"] | {"data.tokenizer": name})
     variables = stored_weights(experiment, folder.checkpoints)
 

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def study(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit code."""
     # After the parser, so that --help and a mistyped flag cost no second.
-    from lsdl import laboratory
+    from lsdl import compile_cache, laboratory
 
     action, names, root = arguments.action, arguments.names, arguments.workdir
     seeds = laboratory.SEEDS if arguments.seeds is None else arguments.seeds
@@ -79,6 +79,7 @@ def study(arguments: argparse.Namespace) -> int:
     if arguments.scale == "full":
         print("\n".join(laboratory.told_full(name, seeds, root) for name in names))
         return FINISHED
+    compile_cache.use()
     outcomes, failed = laboratory.run_all(names, root, seeds=seeds, slow=arguments.slow)
     if action == "all":
         print(laboratory.summary(outcomes, failed))

@@ -50,12 +50,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = configs.load(arguments.config, overrides)
     folder = RunDir(arguments.workdir or f"runs/{config.name}")
     arguments.eval_only or folder.check_usable()
-    from lsdl import capacity, loop, processes, remat_choice, summary
+    from lsdl import capacity, compile_cache, loop, processes, remat_choice, summary
     from lsdl.experiment import build
     from lsdl.rundir import program
     from lsdl.source import Source
 
     processes.initialise(**flags(arguments))
+    compile_cache.use(quiet=not processes.is_main())
     asked = {"--workdir": str(folder.path), "--eval-only": arguments.eval_only}
     processes.agree(configs.to_json(config) | program() | asked)
     source = Source(arguments.config, tuple(overrides))

@@ -21,6 +21,7 @@ LEVELS = [
         "losses",
         "metrics",
         "progress",
+        "compile_cache",
         "marks",
         "plots",
         "boxes",
