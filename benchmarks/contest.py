@@ -8,7 +8,6 @@ is compared that does not compute the same: the losses of the first steps are la
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import record
 from benchmarks.matches import MATCHES, Match
 from lsdl.rundir import commit, now, versions
 
@@ -194,18 +194,14 @@ def _told(
             "parameters": told[peer]["parameters"],
         }
         found["losses_apart"] = apart[peer]
-        found["ratio"] = spread([round["ours"] / round[peer] for round in times])
+        found["ratio"] = record.spread([round["ours"] / round[peer] for round in times])
         found["versions"] |= told[peer]["versions"]
     return found
 
 
 def _device(kind: str) -> str:
     if kind == "cpu":
-        return f"{os.cpu_count()} cores, {platform.machine()}"
+        return record.processor()
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
     return f"1 {names[0].strip() or 'GPU'}"
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}

@@ -7,31 +7,25 @@ below 1 % is not seen otherwise; cpu_ratio: of the seconds that the cores were b
 with other work on it changes less.
 """
 
-import argparse
 import contextlib
-import json
-import os
-import platform
+import statistics
 import sys
 import time
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from benchmarks import record
 from lsdl import guard
-from lsdl.rundir import commit, now, versions
 from lsdl.source import Source
 
 STEPS = 5  # of each, in one pair
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", allow_abbrev=False)
-    add = parser.add_argument
-    add("--config", default="configs/digits_vit.py", metavar="FILE[:VARIANT]")
-    add("--pairs", type=int, default=200, metavar="N", help="measurements of each (default: 200)")
+    parser = record.parser("guard", pairs=200)
+    parser.add_argument("--config", default="configs/digits_vit.py", metavar="FILE[:VARIANT]")
     arguments, overrides = parser.parse_known_args()
     source = Source(arguments.config, tuple(overrides))
     runs = [Run(source, watched=True), Run(source, watched=False)]
@@ -39,23 +33,17 @@ def main() -> int:
     for i in range(arguments.pairs + 1):
         pair = {run: run.timed() for run in (runs if i % 2 else runs[::-1])}
         times.append([pair[run] for run in runs])
-    wall, cpu = np.moveaxis(np.array(times[1:]), -1, 0)
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    wall = [ours[0] for ours, _ in times[1:]]
     found = {
         "match": f"{arguments.config}, {STEPS} steps a measurement",
-        "device": f"{devices}, {platform.machine()}",
+        "device": record.device(),
         "peer": "the same step without the guard",
-        "lsdl": {"step_s": float(np.median(wall[:, 0])) / STEPS},
-        "ratio": median(wall[:, 0] / wall[:, 1]),
-        "cpu_ratio": median(cpu[:, 0] / cpu[:, 1]),
+        "lsdl": {"step_s": statistics.median(wall) / STEPS},
+        **record.ratios(times[1:], of=record.bootstrapped),
         "n": arguments.pairs,
-        "versions": versions(),
-        "command": " ".join(["python -m benchmarks.guard", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": now(),
+        **record.origin(),
     }
-    print(json.dumps(found, indent=1))
-    return 0
+    return record.tell(found, arguments.out)
 
 
 class Run:
@@ -97,13 +85,6 @@ def blind():
         chosen=lambda good, new, old: new,
         told=told,
     )
-
-
-def median(ratios: np.ndarray) -> dict[str, float]:
-    """With the 2.5 and 97.5 % points of its bootstrap."""
-    draws = np.random.default_rng(0).choice(ratios, (2_000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return {"low": float(low), "median": float(np.median(ratios)), "high": float(high)}
 
 
 if __name__ == "__main__":

@@ -10,20 +10,18 @@ with other work on it changes less.
 
 import argparse
 import functools
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 
 import jax
 
+from benchmarks import record
 from lsdl import step as steps
 from lsdl.analysis import landscape
 from lsdl.experiment import Experiment
 from lsdl.loop import evaluate
-from lsdl.rundir import commit, now, versions
+from lsdl.rundir import commit
 from lsdl.sharding import partition
 from lsdl.source import Source
 from lsdl.state import TrainState
@@ -33,16 +31,14 @@ SPLIT = "valid"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plane", allow_abbrev=False)
+    parser = record.parser("plane", pairs=5)
     add = parser.add_argument
     add("--config", default="configs/digits_vit.py", metavar="FILE[:VARIANT]")
-    add("--pairs", type=int, default=5, metavar="N", help="measurements of each (default: 5)")
     add("--chunks", type=int, default=2, metavar="N", help="of 64 points each (default: 2)")
     add("--at-a-time", type=int, default=1, metavar="N", help="points together (default: 1)")
     arguments, overrides = parser.parse_known_args()
     experiment = Source(arguments.config, tuple(overrides)).build()
-    print(json.dumps(measured(experiment, arguments), indent=1))
-    return 0
+    return record.tell(measured(experiment, arguments), arguments.out)
 
 
 def measured(experiment: Experiment, arguments: argparse.Namespace) -> dict:
@@ -58,25 +54,16 @@ def measured(experiment: Experiment, arguments: argparse.Namespace) -> dict:
                 of_evaluation.append(evaluations(experiment, state, points))
     pairs = list(zip(of_surface, of_evaluation, strict=True))
     examples = points * experiment.eval_loader(SPLIT).num_examples
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     return {
         "match": f"{arguments.config}, {points} points of {examples // points} examples each",
-        "device": f"{devices}, {platform.machine()}",
+        "device": record.device(),
         "peer": "lsdl.loop.evaluate, as often as there are points",
         "peer_commit": commit(),
         "lsdl": {"examples_per_s": examples / statistics.median(wall for wall, _ in of_surface)},
-        "ratio": spread([a[0] / b[0] for a, b in pairs]),
-        "cpu_ratio": spread([a[1] / b[1] for a, b in pairs]),
+        **record.ratios(pairs),
         "n": arguments.pairs,
-        "versions": versions(),
-        "command": " ".join(["python -m benchmarks.plane", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": now(),
+        **record.origin(),
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def clocks() -> tuple[float, float]:

@@ -8,10 +8,6 @@ JSON: ratio = lsdl's time / orbax's of each pair, below 1 is better; cpu_ratio: 
 the cores were busy, which a machine with other work on it changes less.
 """
 
-import argparse
-import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -22,9 +18,10 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from benchmarks import record
 from lsdl.checkpoint import Checkpoints
 from lsdl.experiment import Experiment
-from lsdl.rundir import RunDir, commit, now, versions
+from lsdl.rundir import RunDir, versions
 from lsdl.source import Source
 
 INTERVALS = 2  # between checkpoints, in one measurement
@@ -66,14 +63,12 @@ class Orbax:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.protocol", allow_abbrev=False)
-    add = parser.add_argument
-    add("--config", default="configs/digits_vit.py", metavar="FILE[:VARIANT]")
-    add("--pairs", type=int, default=10, metavar="N", help="measurements of each (default: 10)")
+    parser = record.parser("protocol", pairs=10)
+    parser.add_argument("--config", default="configs/digits_vit.py", metavar="FILE[:VARIANT]")
     arguments, overrides = parser.parse_known_args()
     experiment = Source(arguments.config, tuple(overrides)).build()
-    print(json.dumps(measured(experiment, arguments.pairs, match=arguments.config), indent=1))
-    return 0
+    found = measured(experiment, arguments.pairs, match=arguments.config)
+    return record.tell(found, arguments.out)
 
 
 def measured(experiment: Experiment, pairs: int, *, match: str) -> dict:
@@ -84,25 +79,16 @@ def measured(experiment: Experiment, pairs: int, *, match: str) -> dict:
             times[way].append(timed(experiment, way))
     pair = [values[1:] for values in times.values()]
     every = experiment.checkpoint_every_steps
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     return {
         "match": f"{match}, {INTERVALS} saves, one every {every} steps",
-        "device": f"{devices}, {platform.machine()}",
+        "device": record.device(),
         "peer": "orbax.checkpoint.AsyncCheckpointer alone",
         "peer_commit": f"orbax-checkpoint {versions()['orbax-checkpoint']}",
         "lsdl": {"step_s": statistics.median(wall for wall, _ in pair[0]) / (INTERVALS * every)},
-        "ratio": spread([a[0] / b[0] for a, b in zip(*pair, strict=True)]),
-        "cpu_ratio": spread([a[1] / b[1] for a, b in zip(*pair, strict=True)]),
+        **record.ratios(list(zip(*pair, strict=True))),
         "n": pairs,
-        "versions": versions(),
-        "command": " ".join(["python -m benchmarks.protocol", *sys.argv[1:]]),
-        "commit": commit(),
-        "date": now(),
+        **record.origin(),
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def timed(experiment: Experiment, way: type) -> tuple[float, float]:

@@ -93,7 +93,7 @@ class StopRequest:
         self.silent = False  # another process tells the user
         self.farewell: Callable[[int], None] = lambda code: None  # to whom `say` does not reach
         self._agreement = Agreement(1, self.told)
-        self._leaves = leaves
+        self.leaves = leaves  # may end the process
         self._leaving = False
         self._gate: int | None = None
         self._changed = threading.Condition(threading.RLock())
@@ -136,6 +136,7 @@ class StopRequest:
         """A word of the agreement: where NUMBER, gate PLACE or leave NUMBER."""
         verb, value = word.split()
         if verb == "leave":
+            self.signal = self.signal or int(value)
             self._leave()
             return
         with self._changed:
@@ -156,7 +157,7 @@ class StopRequest:
             self._agreement.at(0, int(value))
 
     def _leave(self) -> None:
-        if not self._leaves:
+        if not self.leaves:
             with self._changed:
                 self._gate = 1
             return
@@ -167,8 +168,10 @@ class StopRequest:
         )
         code = INTERRUPTED if self.signal == signal.SIGINT else SAVED_AND_STOPPED
 
+        farewell = self.farewell  # the one of now: this process may meet the others meanwhile
+
         def leave():
-            self.farewell(code)
+            farewell(code)
             end(code, "" if self.silent else sentence)
 
         self._leaving = True
@@ -181,7 +184,7 @@ class StopRequest:
         """Take the signals; again after jax has taken them."""
         if threading.current_thread() is not threading.main_thread():
             return
-        if self._leaves and not self._ends:
+        if self.leaves and not self._ends:
             self._ends = socket.socketpair()
             self._ends[1].setblocking(False)
             self._wakeup = signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
@@ -201,7 +204,7 @@ class StopRequest:
             self._ends = ()
 
     def _handle(self, number, frame) -> None:
-        if not self._leaves:  # else the thread has heard it
+        if not self.leaves:  # else the thread has heard it
             self._got(number)
 
     def _hear(self, line: socket.socket) -> None:
@@ -221,7 +224,7 @@ class StopRequest:
             self._first_at = now
             self.say(f"stop {number}")
         elif now - self._first_at >= AGAIN_S:
-            if not self._leaves:
+            if not self.leaves:
                 raise KeyboardInterrupt
             code = INTERRUPTED if number == signal.SIGINT else TERMINATED
             self.say(f"gone {code}")

@@ -1,8 +1,8 @@
 """What the processes of a job tell one another over their lines, and what follows from it.
 
-To process 0: stop NUMBER, at PLACE (lsdl.interruption); from it: where NUMBER, gate PLACE, leave
-NUMBER. Both ways: gone CODE (a second signal), stuck SENTENCE, done CODE; from process 0 also lost
-SENTENCE. A process that learns of a fault ends, with a sentence, whatever its main thread does.
+To process 0: stop NUMBER, at PLACE (lsdl.interruption), leave CODE; from it: where NUMBER, gate
+PLACE, leave NUMBER, lost SENTENCE. Both ways: gone CODE (a second signal), stuck SENTENCE, done
+CODE. A process that learns of a fault ends, with a sentence, whatever its main thread does.
 """
 
 import atexit
@@ -100,8 +100,16 @@ class Peers:
             self._agreement.at(0, int(value))
 
     def _tell_all(self, word: str) -> None:
+        if word.startswith("leave "):
+            self._leaving()
         self._lines.send_all(word)
         self._stop.told(word)
+
+    def _leaving(self) -> None:
+        """All leave now: whoever has closed its line is not lost."""
+        if self._stop.leaves:
+            with self._changed:
+                self._over, self._code = True, SAVED_AND_STOPPED
 
     def _heard(self, process: int, word: str) -> None:
         verb, _, rest = word.partition(" ")
@@ -112,7 +120,12 @@ class Peers:
             self._agreement.stop(int(rest))
         elif verb == "at":
             self._agreement.at(process, int(rest))
+        elif verb == "leave" and self._id == 0:  # said with a code by one that had not met all
+            number = signal.SIGINT if int(rest) == INTERRUPTED else signal.SIGTERM
+            self._tell_all(f"leave {int(number)}")
         elif verb in ("where", "gate", "leave"):
+            if verb == "leave":
+                self._leaving()
             self._stop.told(word)
         elif verb == "gone":
             if self._id == 0:

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 
 from lsdl import peers
-from lsdl.errors import STUCK, TERMINATED, UNREACHABLE
+from lsdl.errors import INTERRUPTED, SAVED_AND_STOPPED, STUCK, TERMINATED, UNREACHABLE
 from lsdl.interruption import StopRequest
 
 
@@ -55,6 +55,26 @@ def test_whoever_hears_of_a_second_signal_and_leaves_is_not_lost(join, process):
     lines.hears = lambda word: lines.lost(1 - process, "its connection has closed")
     stop.say(f"gone {TERMINATED}")
     assert lines.said == [f"gone {TERMINATED}"]
+
+
+@pytest.mark.parametrize("process", [0, 1, 2])
+def test_whoever_leaves_as_all_were_told_is_not_lost(join, monkeypatch, process):
+    """Also one that had not met all when it was told to stop, and said so to process 0 alone."""
+    stop, lines = join(process, 3)
+    stop.leaves = True
+    monkeypatch.setattr("lsdl.interruption.threading", mock.Mock())  # the end comes later
+    other = 1 if process == 0 else 0
+    lines.heard(other, f"leave {INTERRUPTED if process == 0 else 2}")
+    lines.lost(other, "its connection has closed")
+    assert lines.said == (["leave 2"] if process == 0 else [])
+    assert stop.signal == 2
+
+
+def test_where_nothing_ends_the_process_whoever_leaves_is_lost(join):
+    _, lines = join(0, 2)
+    lines.heard(1, f"leave {SAVED_AND_STOPPED}")
+    lines.lost(1, "its connection has closed")
+    assert lines.said[-1][0] == UNREACHABLE
 
 
 @pytest.mark.parametrize("process", [0, 1])
