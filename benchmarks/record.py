@@ -14,8 +14,6 @@ import numpy as np
 
 from lsdl.rundir import commit, now, versions
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}

@@ -13,8 +13,19 @@ from benchmarks.matches import MATCHES
 
 FOLDER = Path(__file__).parent
 DOCUMENT, RESULTS = FOLDER / "README.md", FOLDER / "results"
-BEGIN, END = "<!-- made by python -m benchmarks.table -->", "<!-- end of the table -->"
+BEGIN, END = "<!-- {}: made by python -m benchmarks.table -->", "<!-- end of {} -->"
 HEAD = ("match", "machine", "peer", "lsdl", "theirs", "time, lsdl / theirs", "n", "date", "commit")
+
+ALONE = (
+    "benchmark",
+    "machine",
+    "beside",
+    "time, lsdl / that",
+    "cores' time",
+    "n",
+    "date",
+    "commit",
+)
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -46,18 +57,42 @@ def cells(name: str, match, peer: str, one: dict[str, Any] | None) -> list[str]:
         one["device"],
         f"{peer} {one['peer_commit']}",
         *sides,
-        f"**{ratio['median']:.3f}** ({ratio['min']:.3f} .. {ratio['max']:.3f})",
+        share(ratio),
         f"{one['n']}{dropped}",
         one["date"][:10],
         one["commit"][:7],
     ]
 
 
+def alone(results: dict[str, list[dict[str, Any]]]) -> str:
+    """`results`: what was measured of lsdl beside a part of itself, by the benchmark's name."""
+    lines = [row(ALONE), row(["---"] * len(ALONE))]
+    for name, found in results.items():
+        for one in found:
+            about = [f"`{name}`: {one['match']}", one["device"], one["peer"]]
+            shares = [share(one[ratio]) if ratio in one else "" for ratio in ("ratio", "cpu_ratio")]
+            lines.append(row([*about, *shares, one["n"], one["date"][:10], one["commit"][:7]]))
+    return "\n".join(lines)
+
+
+def share(ratio: dict[str, float]) -> str:
+    """The median, with the least and the most, or with its 95 % interval."""
+    low, high = [ratio[a] if a in ratio else ratio[b] for a, b in (("min", "low"), ("max", "high"))]
+    return f"**{ratio['median']:.3f}** ({low:.3f} .. {high:.3f})"
+
+
 def document(text: str) -> str:
-    """`text`, the table in it made anew."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+    """`text`, the tables in it made anew."""
+    made = {"matches": table(read(RESULTS)), "lsdl alone": alone(read(RESULTS / "alone"))}
+    for name, lines in made.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = f"{before}{begin}\n\n{lines}\n\n{end}{after}"
+    return text
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def main() -> int:

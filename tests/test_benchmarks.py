@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import contest, run, table
+from benchmarks import contest, record, run, table
 from benchmarks.matches import MATCHES
 
 RESULTS = sorted(table.RESULTS.glob("*.json"))
+ALONE = sorted(table.RESULTS.glob("alone/*.json"))
 MATCH = MATCHES["gpt_4x128"]
 
 
@@ -94,6 +95,35 @@ def test_results_say_where_they_come_from(path):
         assert 0 < one["ratio"]["min"] <= one["ratio"]["median"] <= one["ratio"]["max"]
         for field in ("device", "peer_commit", "versions", "command", "commit", "date"):
             assert one[field], field
+
+
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
+def test_results_of_lsdl_alone_say_where_they_come_from(path):
+    for one in json.loads(path.read_text()):
+        assert one["command"].startswith(f"python -m benchmarks.{path.stem}")
+        assert one["n"] >= 5
+        assert (
+            0 < min(one["ratio"].values()) <= one["ratio"]["median"] <= max(one["ratio"].values())
+        )
+        for field in ("match", "device", "peer", "versions", "commit", "date"):
+            assert one[field], field
+
+
+def test_a_result_takes_the_place_of_one_of_the_same_match(tmp_path, capsys):
+    out = tmp_path / "alone" / "loop.json"
+    for match, ratio in (("a", 1), ("b", 2), ("a", 3)):
+        assert record.tell({"match": match, "ratio": ratio}, out) == 0
+    assert {one["match"]: one["ratio"] for one in json.loads(out.read_text())} == {"a": 3, "b": 2}
+    assert capsys.readouterr().out.count('"match"') == 3
+
+
+def test_a_ratio_of_pairs_is_that_of_each_pair():
+    pairs = [((2.0, 3.0), (1.0, 1.0)), ((9.0, 1.0), (3.0, 1.0)), ((4.0, 2.0), (1.0, 1.0))]
+    found = record.ratios(pairs)
+    assert found["ratio"] == {"min": 2.0, "median": 3.0, "max": 4.0}
+    assert found["cpu_ratio"]["median"] == 2.0
+    low, median, high = record.ratios(pairs * 50, of=record.bootstrapped)["ratio"].values()
+    assert low <= median == 3.0 <= high
 
 
 def test_a_match_that_is_not_there_is_named(monkeypatch, capsys):
