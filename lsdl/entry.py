@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from lsdl import interruption
 from lsdl.errors import INTERRUPTED, UserError, refuse
-from lsdl.rendezvous import flags, place, run_token
+from lsdl.rendezvous import flags, meeting, place, run_token
 from lsdl.rollcall import excuse
 
 
@@ -47,13 +47,10 @@ def _excuse(
     **_: float,
 ) -> None:
     """Tell the others that this process leaves, while it has not met them yet."""
-    here = place(os.environ)
-    given = coordinator, num_processes, process_id
-    if given == (None, None, None) and mode != "off":
-        given = here.coordinator, here.num_processes, here.process_id
     with contextlib.suppress(UserError):
-        if None not in given:
-            excuse(*given, code=code, token=run_token(os.environ))
+        met_at = meeting(place(os.environ), mode, coordinator, num_processes, process_id)
+        if None not in met_at:
+            excuse(*met_at, code=code, token=run_token(os.environ))
 
 
 def leave(code: int) -> NoReturn:

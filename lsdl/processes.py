@@ -28,7 +28,7 @@ from lsdl.errors import (
 from lsdl.interruption import StopRequest, current
 from lsdl.launcher import end_with_launcher
 from lsdl.peers import Peers
-from lsdl.rendezvous import place, run_token, split_address
+from lsdl.rendezvous import meeting, place, run_token, split_address
 from lsdl.rollcall import Call, Hearing, joined, listening, roll_call
 
 SLOWEST_S = 3600  # that one process may take longer than another for the same piece of work
@@ -61,23 +61,10 @@ def initialise(
         if not 0 < value < 2**31:
             raise UserError(f"{flag}={value:g} must be positive, in seconds.")
     here = place(os.environ)
-    explicit = (coordinator, num_processes, process_id)
-    if any(value is not None for value in explicit):
-        if None in explicit:
-            raise UserError(
-                "--coordinator, --num-processes and --process-id belong together: give all three."
-            )
-        if not 0 <= process_id < num_processes:
-            raise UserError(
-                f"--process-id={process_id} must be within [0, --num-processes={num_processes})."
-            )
-    elif mode == "off":
+    given = coordinator, num_processes, process_id
+    coordinator, num_processes, process_id = meeting(here, mode, *given)
+    if mode == "off" and coordinator is None:
         return
-    elif here.coordinator:
-        coordinator, num_processes, process_id = (
-            *(here.coordinator, here.num_processes),
-            here.process_id,
-        )
     stop = current() or StopRequest()
     sockets: dict[int, socket.socket] = {}
     stop.farewell = lambda code: _say_farewell(sockets, code)
@@ -90,16 +77,16 @@ def initialise(
     }
     if coordinator:
         told = dict(wait_s=wait_s, token=run_token(os.environ), sockets=sockets)
-        meeting = roll_call(coordinator, num_processes, process_id, **told)
+        met = roll_call(coordinator, num_processes, process_id, **told)
         _join(process_id, num_processes, stop, sockets, heartbeat_s)
-        with meeting.reserved or contextlib.nullcontext():
+        with met.reserved or contextlib.nullcontext():
             _initialise_jax(
                 stop,
-                coordinator_address=meeting.service,
+                coordinator_address=met.service,
                 num_processes=num_processes,
                 process_id=process_id,
                 local_device_ids=here.local_device_ids,
-                coordinator_bind_address=meeting.bind,
+                coordinator_bind_address=met.bind,
                 **limits,
             )
     elif _initialise_by_jax(mode, stop, limits):

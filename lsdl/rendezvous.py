@@ -69,6 +69,34 @@ def place(environ: Mapping[str, str]) -> Place:
     return Place()
 
 
+def meeting(
+    here: Place,
+    mode: str,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> tuple[str | None, int | None, int | None]:
+    """(coordinator, number of processes, this one's): the flags', or else the launcher's.
+
+    Raises `UserError` for flags that do not belong together. All None: this process is alone, or
+    jax finds the others.
+    """
+    explicit = coordinator, num_processes, process_id
+    if explicit == (None, None, None):
+        if mode == "off" or here.coordinator is None:
+            return explicit
+        return here.coordinator, here.num_processes, here.process_id
+    if None in explicit:
+        raise UserError(
+            "--coordinator, --num-processes and --process-id belong together: give all three."
+        )
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process-id={process_id} must be within [0, --num-processes={num_processes})."
+        )
+    return explicit
+
+
 def run_token(environ: Mapping[str, str]) -> str:
     """What the processes of this one's job have in common, as a word."""
     return "".join((environ.get(TOKEN) or place(environ).token).split())[:64]
