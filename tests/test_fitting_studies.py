@@ -1,6 +1,5 @@
 """Studies of how a fit starts, where it goes and what it is worth: laws, and claims on tables."""
 
-import json
 import math
 
 import jax
@@ -19,52 +18,9 @@ from lsdl.studies import (
     initialisation,
     local_connectivity,
     mpo_icons,
-    other_optimisers,
     saddle_escape,
 )
-
-STUDIES = [
-    bias_variance,
-    initialisation,
-    local_connectivity,
-    mpo_icons,
-    other_optimisers,
-    saddle_escape,
-]
-studies = pytest.mark.parametrize("study", STUDIES, ids=lambda s: s.__name__.split(".")[-1])
-
-
-def judged(study, table):
-    claims = {claim.id: claim for claim in study.claims(table)}
-    assert claims.keys() == study.EXPECTED.keys()
-    return claims
-
-
-def lost(found):
-    return {id for id, claim in found.items() if not claim.holds}
-
-
-@studies
-@pytest.mark.parametrize("scale", ["small", "full"])
-def test_cells_have_ids_of_their_own_and_json_settings(study, scale):
-    cells = study.cells(scale, 2)
-    assert len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
-        assert json.loads(json.dumps(cell.settings)).keys() == cell.settings.keys()
-        assert (scale == "full") == bool(cell.published)
-
-
-@pytest.mark.slow
-@studies
-def test_a_study_runs_from_its_cells_to_its_figures(study, tmp_path):
-    table = []
-    for cell in study.cells("small", 1):
-        row = json.loads(json.dumps(study.measure(cell, tmp_path), allow_nan=False))
-        table.append(cell.settings | row | {"id": cell.id})
-    judged(study, table)
-    for name, figure in study.figure(table).items():
-        figure.save(tmp_path / f"{name}.svg")
-
+from tests.judging import judged, lost
 
 # --- saddles and basins ---------------------------------------------------------------------------
 

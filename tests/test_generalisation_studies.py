@@ -1,6 +1,5 @@
 """The studies of grokking and double descent: laws, claims on made-up tables, and slow cells."""
 
-import json
 from types import SimpleNamespace
 
 import jax
@@ -11,38 +10,7 @@ from lsdl import experiment, laboratory
 from lsdl.studies import double_descent, grokking
 from lsdl.studies.claim import Cell, Expected
 from lsdl.studies.claim import judged as judge
-
-STUDIES = [double_descent, grokking]
-studies = pytest.mark.parametrize("study", STUDIES, ids=lambda s: s.__name__.split(".")[-1])
-
-
-def judged(study, table):
-    claims = {claim.id: claim for claim in study.claims(table)}
-    assert claims.keys() >= study.EXPECTED.keys()
-    return claims
-
-
-@studies
-@pytest.mark.parametrize("scale", ["small", "full"])
-def test_cells_have_ids_of_their_own_and_json_settings(study, scale):
-    cells = study.cells(scale, 2)
-    assert len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
-        assert json.loads(json.dumps(cell.settings)) == cell.settings
-        assert bool(cell.published) == (scale == "full")
-
-
-@pytest.mark.slow
-@studies
-def test_a_study_runs_from_its_cells_to_its_figures(study, tmp_path):
-    table = []
-    for cell in study.cells("small", 1):
-        row = json.loads(json.dumps(study.measure(cell, tmp_path), allow_nan=False))
-        table.append(cell.settings | row | {"id": cell.id})
-    judged(study, table)
-    for name, figure in study.figure(table).items():
-        figure.save(tmp_path / f"{name}.svg")
-
+from tests.judging import judged
 
 # --- slow cells -----------------------------------------------------------------------------------
 
@@ -173,7 +141,7 @@ def test_the_transformer_adds_its_claims_and_its_figure():
     table = grokking_table()
     assert "transformer" not in grokking.figure(table)
     table.append(grokked("transformer", 1.0, jump=400, last=5.0))
-    found = judged(grokking, table)
+    found = judged(grokking, table, more=True)
     assert list(found) == [*grokking.EXPECTED, *grokking.SLOW]
     assert found["transformer_delay"].measured == pytest.approx(10)
     assert "transformer" in grokking.figure(table)

@@ -1,6 +1,5 @@
 """Minima and what is learnt in them: laws of their volume, and the studies on made-up tables."""
 
-import json
 import math
 
 import jax
@@ -12,38 +11,7 @@ from lsdl.analysis import descent, volume
 from lsdl.errors import UserError
 from lsdl.models.mlp import Mlp
 from lsdl.studies import digits, flat_sharp, minefield, mixup, random_labels, sam
-
-STUDIES = [minefield, flat_sharp, random_labels, sam, mixup]
-studies = pytest.mark.parametrize("study", STUDIES, ids=lambda s: s.__name__.split(".")[-1])
-
-
-def judged(study, table):
-    claims = {claim.id: claim for claim in study.claims(table)}
-    assert claims.keys() == study.EXPECTED.keys()
-    return claims
-
-
-@studies
-@pytest.mark.parametrize("scale", ["small", "full"])
-def test_cells_have_ids_of_their_own_and_json_settings(study, scale):
-    cells = study.cells(scale, 2)
-    assert len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
-        assert json.loads(json.dumps(cell.settings)) == cell.settings
-        assert cell.published if scale == "full" else not cell.config
-
-
-@pytest.mark.slow
-@studies
-def test_a_study_runs_from_its_cells_to_its_figures(study, tmp_path):
-    table = []
-    for cell in study.cells("small", 1):
-        row = json.loads(json.dumps(study.measure(cell, tmp_path), allow_nan=False))
-        table.append(cell.settings | row | {"id": cell.id})
-    judged(study, table)
-    for name, figure in study.figure(table).items():
-        figure.save(tmp_path / f"{name}.svg")
-
+from tests.judging import judged
 
 # --- radii and volumes ----------------------------------------------------------------------------
 

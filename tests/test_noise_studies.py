@@ -1,7 +1,5 @@
 """The studies of noisy, stale and uneven gradients: laws, and claims on made-up tables."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,38 +10,7 @@ from lsdl.analysis.parameter_server import simulate
 from lsdl.models.alexnet import AlexNet
 from lsdl.optim.groups import path
 from lsdl.studies import digits, gradient_noise, lars_norms, stale_gradients, staleness
-
-STUDIES = [gradient_noise, lars_norms, stale_gradients, staleness]
-studies = pytest.mark.parametrize("study", STUDIES, ids=lambda s: s.__name__.split(".")[-1])
-
-
-def judged(study, table):
-    claims = {claim.id: claim for claim in study.claims(table)}
-    assert claims.keys() == study.EXPECTED.keys()
-    return claims
-
-
-@studies
-@pytest.mark.parametrize("scale", ["small", "full"])
-def test_cells_have_ids_of_their_own_and_json_settings(study, scale):
-    cells = study.cells(scale, 2)
-    assert len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
-        assert json.loads(json.dumps(cell.settings)) == cell.settings
-        assert (scale == "full") == bool(cell.config)
-
-
-@pytest.mark.slow
-@studies
-def test_a_study_runs_from_its_cells_to_its_figures(study, tmp_path):
-    table = []
-    for cell in study.cells("small", 1):
-        row = json.loads(json.dumps(study.measure(cell, tmp_path), allow_nan=False))
-        table.append(cell.settings | row | {"id": cell.id})
-    judged(study, table)
-    for name, figure in study.figure(table).items():
-        figure.save(tmp_path / f"{name}.svg")
-
+from tests.judging import judged
 
 # --- digits ---------------------------------------------------------------------------------------
 

@@ -9,12 +9,7 @@ from scipy import stats
 from lsdl.analysis import evolution, mixture
 from lsdl.data import sources
 from lsdl.studies import other_optimisers
-
-
-def judged(table):
-    claims = {claim.id: claim for claim in other_optimisers.claims(table)}
-    assert claims.keys() == other_optimisers.EXPECTED.keys()
-    return claims
+from tests.judging import judged
 
 
 def test_the_irises_are_cut_into_disjoint_stratified_splits():
@@ -119,12 +114,12 @@ def optimisers(**changes):
 
 
 def test_claims_of_the_optimisers():
-    found = judged(optimisers())
+    found = judged(other_optimisers, optimisers())
     assert all(claim.holds for claim in found.values())
     assert found["em_clusters"].measured == 0.9  # of the likelier start
     assert found["es_evaluations"].measured == pytest.approx(20 * 70 / 10)
     assert found["ga_evaluations"].measured == other_optimisers.INFINITE
     assert found["gradient"].measured == 100
     worse = optimisers(iris={"likelihood": [[-3, -3.1], [-3, -1]]}, regression={"newton_steps": 16})
-    lost = {id for id, claim in judged(worse).items() if not claim.holds}
+    lost = {id for id, claim in judged(other_optimisers, worse).items() if not claim.holds}
     assert lost == {"em", "newton"}

@@ -1,14 +1,12 @@
 """The studies of norms, shortcuts, transfer and language: laws, and claims on made-up tables."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsdl import laboratory
 from lsdl.analysis import ngrams
 from lsdl.errors import UserError
 from lsdl.models.layers import batch_norm, feature_norm
@@ -18,41 +16,12 @@ from lsdl.studies import (
     clip_zero_shot,
     fashion_mnist,
     model_parallel,
+    normalisation,
     one_weird_trick,
     spurious,
     transfer,
 )
-
-NAMES = ("normalisation", "spurious", "transfer", "clip_zero_shot", "byte_lm")
-NAMES += ("model_parallel", "fashion_mnist")
-studies = pytest.mark.parametrize("name", NAMES)
-
-
-def judged(name, table):
-    study = laboratory.find(name)
-    claims = {claim.id: claim for claim in study.claims(table)}
-    assert claims.keys() == study.EXPECTED.keys()
-    return claims
-
-
-@studies
-def test_full_scale_names_a_config_or_says_why_not(name):
-    for cell in laboratory.find(name).cells("full", 1):
-        assert cell.config
-        assert cell.published
-
-
-@pytest.mark.slow
-@studies
-def test_a_study_runs_from_its_cells_to_its_figures(name, tmp_path):
-    study, table = laboratory.find(name), []
-    for cell in study.cells("small", 1):
-        row = json.loads(json.dumps(study.measure(cell, tmp_path), allow_nan=False))
-        table.append({**cell.settings, **row, "id": cell.id})
-    judged(name, table)
-    for label, figure in study.figure(table).items():
-        figure.save(tmp_path / f"{label}.svg")
-
+from tests.judging import judged
 
 # --- norms ----------------------------------------------------------------------------------------
 
@@ -101,11 +70,11 @@ def norm_table(end):
 
 def test_claims_of_the_norms():
     end = {"batch": (98, 97, 41), "group": (97, 97, 96), "layer": (97,) * 3, "none": (97,) * 3}
-    found = judged("normalisation", norm_table(end))
+    found = judged(normalisation, norm_table(end))
     assert all(claim.holds for claim in found.values())
     assert (found["batch_2"].measured, found["batch_2"].n) == (57, 2)
     assert found["group_over_batch"].measured == 55
-    found = judged("normalisation", norm_table(end | {"batch": (98, 98, 98)}))
+    found = judged(normalisation, norm_table(end | {"batch": (98, 98, 98)}))
     assert {id for id, claim in found.items() if not claim.holds} == {"batch_2", "group_over_batch"}
 
 
@@ -145,7 +114,7 @@ def test_claims_of_a_shortcut():
         "probe": weights,
         "response": weights,
     }
-    found = judged("spurious", [row])
+    found = judged(spurious, [row])
     assert all(claim.holds and claim.n == 2 for claim in found.values())
     assert (found["future"].measured, found["weaker"].measured) == (34, 20)
     assert (found["unchanged"].measured, found["probe"].measured) == (8, 2.5)
@@ -169,7 +138,7 @@ def test_claims_of_transfer():
     teacher = {"raw": [[53.0, 59.0, 65.0, 79.0]] * 2, "features": [[74.0, 91.0, 94.0, 95.0]] * 2}
     digits = {"raw": [[80.0, 85.0, 90.0, 95.0]] * 2, "features": [[80.0, 86.0, 91.0, 95.0]] * 2}
     rows = {"teacher": teacher, "digits": digits}
-    found = judged("transfer", [row | {"data": d, "labels": labels} for d, row in rows.items()])
+    found = judged(transfer, [row | {"data": d, "labels": labels} for d, row in rows.items()])
     assert all(claim.holds and claim.n == 2 for claim in found.values())
     assert (found["teacher_16"].measured, found["digits_32"].measured) == (32, 1)
     assert found["few_as_many"].measured == 12
@@ -198,7 +167,7 @@ def test_claims_of_captions():
     row |= {"probe_pixels": [[25.0, 30.0, 40.0, 50.0, 55.0]] * 2}
     low = row | {"unseen_8": [60.0] * 2, "seen_32": [40.0] * 2}
     table = [low | {"images": clip_zero_shot.FEW}, row | {"images": clip_zero_shot.MORE}]
-    found = judged("clip_zero_shot", table)
+    found = judged(clip_zero_shot, table)
     assert {id for id, claim in found.items() if not claim.holds} == {"seen_32"}
     assert (found["one_shot"].measured, found["few_shot"].measured) == (0, 36)
     assert found["more_unseen_8"].measured == 76
@@ -249,7 +218,7 @@ def test_bytes_that_windows_ask_for():
 def test_claims_of_bytes():
     counts = {"kind": "ngrams", "bits": [4.7, 3.5, 2.66, 2.17, 2.04, 2.03], "zlib": 1.9, "xz": 1.6}
     gpt = {"kind": "gpt", "valid_bits": [4.0, 2.4]}
-    found = judged("byte_lm", [counts, gpt])
+    found = judged(byte_lm, [counts, gpt])
     assert [id for id, claim in found.items() if not claim.holds] == ["order_5"]
     assert found["ladder"].measured == pytest.approx(2.03 / 2.04)
     assert found["absolute"].measured == 2.4
@@ -296,13 +265,13 @@ def grid_row():
 
 def test_claims_of_the_grid():
     row = grid_row()
-    found = judged("model_parallel", [row])
+    found = judged(model_parallel, [row])
     assert found["predicted"].measured == 1
     assert found["crossing"].measured == pytest.approx(1)
     assert found["memory"].measured == 0.52
     more = [{key: 1.1 * nbytes for key, nbytes in sent.items()} for sent in row["counted"]]
     more[0] = row["counted"][0]
-    found = judged("model_parallel", [row | {"counted": more}])
+    found = judged(model_parallel, [row | {"counted": more}])
     assert found["predicted"].measured == pytest.approx(1.1)
     assert found["crossing"].measured < 1
 
@@ -318,7 +287,7 @@ def test_claims_of_the_optimisers():
         for run, end in ends.items()
         for seed in (1, 0)
     ]
-    found = judged("fashion_mnist", table)
+    found = judged(fashion_mnist, table)
     assert all(claim.holds for claim in found.values())
     assert found["momentum_over_sgd"].measured == pytest.approx(1 / 3)
     assert (found["adam"].n, found["parameters"].n) == (2, 1)
