@@ -1,7 +1,7 @@
 """Commits: a step's folder appears whole, by one rename, or not at all; it is verified before use.
 
 checkpoints/
-  12/               committed: its manifest.json names every file, with size and digest
+  12/               committed: its manifest.json names every file, with size and digest, and its own
   .saving-12-...    being written, by the owner in its name
   .trash/           on its way out
   .rejected-12-...  did not verify: kept for whoever wants to know why
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lsdl.files import sync_folder
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 MOST_BYTES = 4 << 20  # of a manifest: some 28,000 files; what a stranger's may cost to read
 SAVING, REJECTED, TRASH = ".saving-", ".rejected-", ".trash"
@@ -73,7 +73,8 @@ def commit(folder: Path, manifest: Manifest, *, fence: Callable[[], None]) -> No
     """
     root, final = folder.parent, folder.parent / str(manifest.step)
     files = _settled(folder)
-    text = json.dumps({"format": FORMAT, **asdict(replace(manifest, files=files))}, allow_nan=False)
+    value = {"format": FORMAT, **asdict(replace(manifest, files=files))}
+    text = _sealed(json.dumps(value, allow_nan=False))
     if len(text) > MOST_BYTES:
         raise OSError(errno.EFBIG, f"a manifest of {len(files):,} files is too long", str(folder))
     with open(folder / MANIFEST, "x") as file:
@@ -86,6 +87,11 @@ def commit(folder: Path, manifest: Manifest, *, fence: Callable[[], None]) -> No
     sync_folder(root)
     if (final / MANIFEST).read_text() != text:
         raise OSError(errno.EIO, "the manifest reads otherwise than it was written", str(final))
+
+
+def _sealed(text: str) -> str:
+    """The JSON object `text` with the sha256 of its own bytes as the last value."""
+    return f'{text[:-1]}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
 
 
 def numbers(metrics: Mapping | None) -> dict[str, float]:
@@ -135,7 +141,9 @@ def read_manifest(folder: Path) -> Manifest:
         value = json.loads(data, object_pairs_hook=_once, parse_constant=_refused)
         if value["format"] != FORMAT:
             raise Damage(f"{MANIFEST} has format {value['format']!r}: this lsdl reads {FORMAT}")
-        del value["format"]
+        if data.decode() != _sealed(data[: 1 - len(_sealed("{}"))].decode() + "}"):
+            raise Damage(f"{MANIFEST} has other bytes than were written (sha256)")
+        del value["format"], value["sha256"]
         value["files"] = {name: (size, sha) for name, (size, sha) in value["files"].items()}
         manifest = Manifest(**value)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

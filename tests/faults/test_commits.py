@@ -92,6 +92,22 @@ def test_every_damage_to_every_file_is_found_and_the_file_named(tmp_path, kind):
     assert commits.verify(folder) is None
 
 
+@pytest.mark.threat(7)
+def test_every_bit_of_a_manifest_is_looked_at(tmp_path):
+    """Also of what names no file: the owner, metrics, a space that could as well be a tab."""
+    folder = committed(tmp_path, 4, metrics={"loss": 0.25}, notes={"skip": [[1, 2]]})
+    good = (folder / MANIFEST).read_bytes()
+    for at in range(len(good)):
+        for flip in (*(1 << bit for bit in range(8)), ord(" ") ^ ord("\t")):
+            bad = bytearray(good)
+            bad[at] ^= flip
+            (folder / MANIFEST).write_bytes(bad)
+            with pytest.raises(commits.Damage):
+                commits.read_manifest(folder)
+    (folder / MANIFEST).write_bytes(good)
+    assert commits.read_manifest(folder).owner
+
+
 def test_another_size_is_found_without_reading_a_byte(tmp_path, monkeypatch):
     folder = committed(tmp_path, 4)
     monkeypatch.setattr(commits, "_digest", None)
@@ -156,8 +172,9 @@ def test_only_plain_files_inside_the_folder_are_opened(tmp_path, monkeypatch, ki
 def rewritten(folder, change):
     path = folder / MANIFEST
     value = json.loads(path.read_text())
+    del value["sha256"]
     change(value)
-    path.write_text(json.dumps(value))
+    path.write_text(commits._sealed(json.dumps(value)))
 
 
 DEEP = "[" * 10_000 + "]" * 10_000
@@ -166,7 +183,7 @@ CHANGES = {
     "absolute": (lambda v: v["files"].update({"/etc/passwd": [1, "0"]}), "no path inside"),
     "NUL": (lambda v: v["files"].update({"a\0b": [1, "0"]}), "no path inside"),
     "empty part": (lambda v: v["files"].update({"a//b": [1, "0"]}), "no path inside"),
-    "another format": (lambda v: v.update(format=2), "format 2"),
+    "another format": (lambda v: v.update(format=1), "format 1"),
     "another step": (lambda v: v.update(step=5), "of step 5"),
     "a step of text": (lambda v: v.update(step="4"), "another type"),
     "true for a step": (lambda v: v.update(step=True), "another type"),
@@ -178,11 +195,12 @@ CHANGES = {
 }
 TEXTS = {
     "deep": (DEEP, "not what lsdl writes"),
-    "deep inside": ('{"format": 1, "notes": ' + DEEP + "}", "not what lsdl writes"),
-    "twice": ('{"format": 1, "format": 1}', "not what lsdl writes"),
+    "deep inside": ('{"format": 2, "notes": ' + DEEP + "}", "not what lsdl writes"),
+    "twice": ('{"format": 2, "format": 2}', "not what lsdl writes"),
     "NaN": ('{"format": NaN}', "not what lsdl writes"),
     "huge number": ('{"format": ' + "9" * 100_000 + "}", "not what lsdl writes"),
     "a list": ("[]", "not what lsdl writes"),
+    "unsealed": ('{"format": 2, "step": 4, "run": null, "owner": "o"}', "other bytes"),
     "no text": ("\xff\xfe\x00", "not what lsdl writes"),
     "too long": (" " * (commits.MOST_BYTES + 1), "more than"),
 }
