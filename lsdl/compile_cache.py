@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import stat
+import warnings
 from pathlib import Path
 
 import jax
@@ -78,6 +79,9 @@ def use(*, quiet: bool = False) -> None:
             "removed, and compiled anew."
         )
     _folder = folder
+    # Two that compile the same: the second reads what the first is writing, and compiles as well.
+    half = "Error reading persistent compilation cache entry"
+    warnings.filterwarnings("ignore", message=half, category=UserWarning)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
 

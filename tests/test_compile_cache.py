@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +196,14 @@ def test_a_run_that_reads_what_one_before_compiled_takes_the_same_steps(tmp_path
     assert left == kept  # nothing was compiled that is worth keeping
     never, _ = rows("never", JAX_ENABLE_COMPILATION_CACHE="false")
     assert cold == warm == never
+
+
+@pytest.mark.threat(33)
+def test_what_another_is_still_writing_is_compiled_without_a_word(home):
+    compile_cache.use()
+    right = compiled()
+    for entry in entries():
+        os.truncate(entry, entry.stat().st_size // 2)  # after `use` has looked
+    with warnings.catch_warnings(record=True) as told:
+        assert compiled() == right
+    assert not told
