@@ -5,6 +5,7 @@ the page's commands may use. `text` and `mermaid` are to be read.
 """
 
 import functools
+import importlib.util
 import re
 import shlex
 from dataclasses import dataclass
@@ -146,3 +147,11 @@ def exists(span: str, files: dict[str, str]) -> bool:
         if file.exists():
             return n == len(parts) or re.search(rf"\b{parts[n]}\b", file.read_text()) is not None
     return False
+
+
+def generator(name):
+    """The module docs/NAME.py, which makes docs/NAME.md."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

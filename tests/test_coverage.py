@@ -1,12 +1,12 @@
 """docs/coverage.md: every row of the lectures, and everything that it names is there."""
 
 import ast
-import importlib.util
 import re
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.documents import generator
 
 COUNTS = {"SYS": 20, "GEN": 21, "GD": 16, "OPT": 15, "SCH": 10, "SGD": 19}
 COUNTS |= {"LB": 8, "MIN": 9, "MOD": 7, "DIST": 5, "AD": 5, "PHN": 15}
@@ -14,10 +14,7 @@ COUNTS |= {"LB": 8, "MIN": 9, "MOD": 7, "DIST": 5, "AD": 5, "PHN": 15}
 
 @pytest.fixture(scope="module")
 def coverage():
-    spec = importlib.util.spec_from_file_location("coverage", ROOT / "docs" / "coverage.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return generator("coverage")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """docs/reference.md: every field, metric, file of a run and exit code, as the code has them."""
 
-import importlib.util
-
 import jax
 import pytest
 
@@ -11,15 +9,12 @@ from lsdl.experiment import build
 from lsdl.guard import IN_A_ROW, SPIKED
 from lsdl.rundir import RunDir
 from lsdl.schema import DURATIONS, OPTIONAL_DURATIONS
-from tests.conftest import ROOT
+from tests.documents import generator
 
 
 @pytest.fixture(scope="module")
 def reference():
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return generator("reference")
 
 
 @pytest.fixture(scope="module")
