@@ -51,7 +51,7 @@ TABLES: dict[str, Rules] = {
         *_TENSOR,
     ),
     "fsdp_tp": (*_BATCH, *_ALIKE, ("embed", "fsdp"), *_BOTH, *_TENSOR, *_FSDP),
-    # A device convolves less of the batch and multiplies less of the dense kernels (Krizhevsky 2014).
+    # Less of the batch for convolutions, of the kernel for dense layers (Krizhevsky 2014).
     "one_weird_trick": (
         *_BATCH,
         ("conv_batch", (*BATCH_AXES, "tensor")),
