@@ -85,6 +85,21 @@ MATCHES = {
         **dict(kind="cpu", batch=16, length=256, vocab=256, layers=6, width=384, heads=6),
         **dict(peers=("nanogpt",), steps=3),
     ),
+    "vit_ti": Match(
+        "cpu",
+        "ViT-Ti/4, 64 images of 32 x 32, float32, AdamW",
+        "configs/cifar10_vit.py:smoke",
+        (
+            *_ADAMW,
+            *("model.num_layers=12", "model.num_heads=3", "model.mlp_dim=768", "model.pool=class"),
+            *("loss.mixup=0.0", "loss.label_smoothing=0.0", "batch_size=64"),
+        ),
+        ("huggingface",),
+        dict(batch=64, classes=10, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7)) | ADAMW,
+        unit="images",
+        steps=3,
+        close=1e-3,
+    ),
     "gpt2_124m": gpt(
         *("GPT-2 124M, 32 x 1,024 tokens, bfloat16, AdamW", "configs/lm_gpt2.py:124m,smoke"),
         **dict(kind="gpu", batch=32, length=1024, vocab=50_304, layers=12, width=768, heads=12),

@@ -3,6 +3,7 @@
 With `--rewrite-golden` it stores the small ones, for tests/test_convert.py, which needs no torch.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import os
@@ -17,6 +18,8 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.matches import MATCHES
+from benchmarks.players import huggingface, ours
 from lsdl import weights as files
 from lsdl.checkpoint import load_weights
 from lsdl.convert import main as convert_main
@@ -178,3 +181,22 @@ def test_a_gpt2_is_read_trained_on_and_given_back(tmp_path, train, load):
     assert difference(before, expected(start, inputs)) < LIMIT
     assert difference(after, expected(end, inputs)) < LIMIT
     assert difference(before, after) > 100 * LIMIT
+
+
+@pytest.mark.parametrize("name", ["vit_ti", "gpt_4x128"])
+def test_the_players_of_a_contest_take_the_same_steps(name, tmp_path):
+    """What the benchmarks time is the same computation, from the same parameters."""
+    match = MATCHES[name]
+    match = dataclasses.replace(
+        match,
+        overrides=(*match.overrides, "model.num_layers=2", "batch_size=16"),
+        fixed=match.fixed | {"layers": 2, "compile": False},
+    )
+    losses = []
+    for player in (ours.Player(match, tmp_path), huggingface.Player(match, tmp_path)):
+        losses.append([])
+        for _ in range(4):
+            player.steps(1)
+            losses[-1].append(player.loss())
+    np.testing.assert_allclose(*losses, rtol=0, atol=match.close / 10)
+    assert np.ptp(losses[0]) > match.close  # they have learnt something
