@@ -25,6 +25,9 @@ class Match:
 
 
 ADAMW = dict(rate=6e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+# Of the channels' values, as lsdl's cards of the data have them.
+RGB = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+CIFAR = dict(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7))
 _ADAMW = (
     *("optim.name=adamw", "optim.b1=0.9", "optim.b2=0.95", "optim.weight_decay=0.1"),
     *("optim.clip_norm=1.0", "optim.schedule.name=constant", "optim.schedule.peak=6e-4"),
@@ -95,9 +98,20 @@ MATCHES = {
             *("loss.mixup=0.0", "loss.label_smoothing=0.0", "batch_size=64"),
         ),
         ("huggingface",),
-        dict(batch=64, classes=10, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7)) | ADAMW,
+        dict(batch=64, classes=10) | CIFAR | ADAMW,
         unit="images",
         steps=3,
+        close=1e-3,
+    ),
+    "resnet20": Match(
+        "cpu",
+        "ResNet-20, 128 images of 32 x 32, float32, AdamW",
+        "configs/cifar10_resnet.py:20,smoke",
+        (*_ADAMW, "model.depths=(3,3,3)", "batch_size=128"),
+        ("torch_resnet",),
+        dict(batch=128, classes=10, depth=20) | CIFAR | ADAMW,
+        unit="images",
+        steps=5,
         close=1e-3,
     ),
     "gpt2_124m": gpt(
@@ -119,7 +133,7 @@ MATCHES = {
             *("model.pool=class", "loss.mixup=0.0", "model.scan_layers=False", "batch_size=256"),
         ),
         ("timm_vit",),
-        dict(batch=256, classes=1000) | ADAMW,
+        dict(batch=256, classes=1000) | RGB | ADAMW,
         unit="images",
         steps=10,
         close=0.05,

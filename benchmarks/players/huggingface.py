@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from benchmarks.players.torch_steps import Player as Steps
-from benchmarks.players.torch_steps import device, given
+from benchmarks.players.torch_steps import given, of_images
 
 DROPOUT = {
     "GPT2LMHeadModel": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
@@ -26,7 +26,7 @@ def Player(match, folder: Path) -> Steps:
         **dict.fromkeys(DROPOUT[name], 0.0),
         **({} if images else {"use_cache": False}),
     )
-    loss = of_images(match) if images else of_tokens
+    loss = of_images(match, of_pixels) if images else of_tokens
     return Steps(match, model, batches, loss, version=transformers.__version__)
 
 
@@ -36,14 +36,5 @@ def of_tokens(model, batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def of_images(match):
-    """The loss of images, made as lsdl's data are: by mean and standard deviation of a channel."""
-    moments = (match.fixed["mean"], match.fixed["std"])
-    mean, std = (torch.tensor(x, device=device(match)).view(1, 3, 1, 1) for x in moments)
-
-    def loss(model, batch):
-        image = batch["image"].permute(0, 3, 1, 2).float()
-        logits = model(pixel_values=(image - mean) / std).logits
-        return torch.nn.functional.cross_entropy(logits.float(), batch["label"].long())
-
-    return loss
+def of_pixels(model, pixels: torch.Tensor) -> torch.Tensor:
+    return model(pixel_values=pixels).logits

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from benchmarks.matches import Match
+from lsdl.errors import UserError
 from lsdl.models import convert
 from lsdl.planner.count import count, recomputed
 from lsdl.rundir import commit, versions
@@ -60,9 +62,13 @@ class Player:
             "model_state": variables,
         }
         weights = jax.device_get(weights)
-        tensors = convert.to_hf(weights, self._experiment.module)
-        settings = convert.fields(self._experiment.module, weights)
-        write(folder / "weights", tensors, settings)
+        try:
+            tensors = convert.to_hf(weights, self._experiment.module)
+            settings = convert.fields(self._experiment.module, weights)
+            write(folder / "weights", tensors, settings)
+        except UserError:  # Hugging Face has none of this form
+            flat = flatten_dict(weights["params"], sep="/")
+            np.savez(folder / "parameters.npz", **flat)
         stacked = {name: np.stack([each[name] for each in made]) for name in batch}
         np.savez(folder / "batches.npz", **stacked)
         (folder / "ready").touch()

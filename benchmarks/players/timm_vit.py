@@ -6,9 +6,8 @@ import timm
 import torch
 
 from benchmarks.players.torch_steps import Player as Steps
-from benchmarks.players.torch_steps import device, given
+from benchmarks.players.torch_steps import given, of_images
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of the channels, as lsdl's data
 BLOCK = {  # of Hugging Face's ViT: timm's
     "layernorm_before": "norm1",
     "attention.output.dense": "attn.proj",
@@ -44,11 +43,5 @@ def Player(match, folder: Path) -> Steps:
     model = timm.create_model("vit_base_patch16_224", num_classes=match.fixed["classes"])
     model.load_state_dict(renamed(tensors, len(model.blocks)))
     model = model.to(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(x, device=device(match)).view(1, 3, 1, 1) for x in (MEAN, STD))
-
-    def loss(model, batch):
-        image = batch["image"].permute(0, 3, 1, 2).float()
-        logits = model((image - mean) / std)
-        return torch.nn.functional.cross_entropy(logits.float(), batch["label"].long())
-
+    loss = of_images(match, lambda model, pixels: model(pixels))
     return Steps(match, model, batches, loss, version=f"timm {timm.__version__}")

@@ -14,8 +14,11 @@ def device(match) -> str:
     return "cuda" if match.kind == "gpu" else "cpu"
 
 
-def given(match, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """(lsdl's initial parameters as Hugging Face names them, the batches), once lsdl wrote them."""
+def given(match, folder: Path) -> tuple[dict[str, Any], list[dict[str, torch.Tensor]]]:
+    """(lsdl's initial parameters, the batches), once lsdl wrote them.
+
+    The parameters are tensors as Hugging Face names them, or arrays as lsdl does.
+    """
     while not (folder / "ready").exists():
         time.sleep(0.2)
     arrays = np.load(folder / "batches.npz")
@@ -24,7 +27,22 @@ def given(match, folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, 
         {name: torch.from_numpy(arrays[name][i]).to(device(match)) for name in arrays.files}
         for i in range(number)
     ]
+    if (folder / "parameters.npz").exists():
+        return dict(np.load(folder / "parameters.npz")), batches
     return load_file(folder / "weights" / "model.safetensors"), batches
+
+
+def of_images(match, logits: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable:
+    """`loss(model, batch)` of images, scaled as lsdl's data are: by a channel's mean and std."""
+    moments = (match.fixed["mean"], match.fixed["std"])
+    mean, std = (torch.tensor(x, device=device(match)).view(1, 3, 1, 1) for x in moments)
+
+    def loss(model, batch):
+        image = batch["image"].permute(0, 3, 1, 2).float()
+        found = logits(model, (image - mean) / std)
+        return torch.nn.functional.cross_entropy(found.float(), batch["label"].long())
+
+    return loss
 
 
 class Player:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from benchmarks.matches import MATCHES
-from benchmarks.players import huggingface, ours
+from benchmarks.players import huggingface, ours, torch_resnet
 from lsdl import weights as files
 from lsdl.checkpoint import load_weights
 from lsdl.convert import main as convert_main
@@ -183,17 +183,22 @@ def test_a_gpt2_is_read_trained_on_and_given_back(tmp_path, train, load):
     assert difference(before, after) > 100 * LIMIT
 
 
-@pytest.mark.parametrize("name", ["vit_ti", "gpt_4x128"])
+@pytest.mark.parametrize("name", ["vit_ti", "gpt_4x128", "resnet20"])
 def test_the_players_of_a_contest_take_the_same_steps(name, tmp_path):
     """What the benchmarks time is the same computation, from the same parameters."""
     match = MATCHES[name]
+    smaller = [
+        "batch_size=16",
+        "model.depths=(1,1,1)" if "depth" in match.fixed else "model.num_layers=2",
+    ]
     match = dataclasses.replace(
         match,
-        overrides=(*match.overrides, "model.num_layers=2", "batch_size=16"),
-        fixed=match.fixed | {"layers": 2, "compile": False},
+        overrides=(*match.overrides, *smaller),
+        fixed=match.fixed | {"layers": 2, "depth": 8, "compile": False},
     )
+    peer = torch_resnet if name == "resnet20" else huggingface
     losses = []
-    for player in (ours.Player(match, tmp_path), huggingface.Player(match, tmp_path)):
+    for player in (ours.Player(match, tmp_path), peer.Player(match, tmp_path)):
         losses.append([])
         for _ in range(4):
             player.steps(1)
