@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
 CONFIG ?= configs/digits_vit.py
+NOTEBOOK ?=
 SHARD ?= 1/1
 PART ?= 1/12
 # The newest Python there is, on the PATH or among pyenv's.
@@ -13,7 +14,7 @@ HIGH := $(shell for p in python3.13 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1
   python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python; do \
   "$$p" -c 'import sys' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: help train plan-tools test test-slow test-high faults parity lint format golden clean
+.PHONY: help train plan-tools test test-slow test-high faults parity notebooks lint format golden clean
 
 help:
 	@echo "make train       install into $(VENV) and train $(CONFIG); again: go on, or say it is done"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-high   make test once more, on the newest Python and jax found; SHARD=k/n likewise"
 	@echo "make faults PART=k/12   the long fault tests, each part at most 15 minutes on 2 quiet cores"
 	@echo "make parity      our models against Hugging Face's, in $(PARITY); GOLDEN=1 rewrites its golden files"
+	@echo "make notebooks   the notebooks, run, as pages in build/notebooks; NOTEBOOK=02_sharding: that one"
 	@echo "make format      let ruff format and mend"
 	@echo "make golden      rewrite the golden curves and shardings (say why in the commit)"
 	@echo "make clean       remove the environments and caches, never runs/"
@@ -69,6 +71,9 @@ $(PARITY)/installed: pyproject.toml constraints.txt constraints-parity.txt
 parity: $(PARITY)/installed
 	@$(PARITY)/bin/python -m pytest -q -s tests/parity/live.py $(if $(GOLDEN),--rewrite-golden)
 
+notebooks: $(VENV)/installed-dev
+	@$(BIN)/python notebooks/render.py $(NOTEBOOK)
+
 lint: $(VENV)/installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -79,4 +84,4 @@ golden: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -q tests/test_golden.py tests/test_shardings_golden.py --rewrite-golden
 
 clean:
-	rm -rf .venv .venv-high $(PARITY) .cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-high $(PARITY) .cache .pytest_cache .ruff_cache build *.egg-info

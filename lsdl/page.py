@@ -156,8 +156,9 @@ def _png(pixels_HWC: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def document(title: str, *content: object) -> str:
-    style = Markup(f"<style>{CSS}</style>")
+def document(title: str, *content: object, css: str = "") -> str:
+    """A whole page; `css`: rules beside its own."""
+    style = Markup(f"<style>{CSS}{css}</style>")
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

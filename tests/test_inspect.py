@@ -86,6 +86,15 @@ def test_a_picture_has_a_stripe_for_every_block_of_every_device(drawn):
     assert str(picture).splitlines()[0] == words[0]
 
 
+def test_words_beside_the_blocks_have_the_colour_of_the_pages_text():
+    """A dark page's too; the blocks are light on every page, and what stands in them is black."""
+    root = ElementTree.fromstring(inspect.picture_of_mesh(grid("data=2,fsdp=2,tensor=2")).svg)
+    inks = {text.text: text.get("fill") for text in root if text.tag.endswith("text")}
+    assert root.get("fill") == "currentColor"
+    assert {inks[word] for word in inks if not word.isdigit()} == {"inherit"}
+    assert {inks[str(i)] for i in range(8)} == {"#000"}
+
+
 def test_the_text_form():
     mesh = grid("data=2,fsdp=2,tensor=2")
     lines = str(inspect.picture_of_mesh(mesh)).splitlines()

@@ -2,8 +2,6 @@ import functools
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -14,6 +12,7 @@ from lsdl import runs as kept
 from lsdl.analysis import noise
 from lsdl.files import plain
 from lsdl.report import main
+from tests import browser
 
 NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
 EVIL = "<script>alert(1)</script>\"'&"
@@ -380,33 +379,21 @@ def test_a_cell_is_escaped_unless_it_is_markup():
     assert "&lt;b&gt;" in page.table(["a"], [["<b>"]])
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-QUIET += "--disable-background-networking --disable-component-update --disable-sync"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+@browser.needs_chromium
 @pytest.mark.parametrize("kind", ["runs", "study"])
 def test_a_browser_shows_it(kind, runs, study, tmp_path):
-    """What Chromium makes of the page: the figures are there, and nothing is left blank."""
+    """What Chromium makes of the page, offline: figures, nothing blank, no word in the console."""
     text = verdict.study_page(study) if kind == "study" else reporting.runs_page(runs)
-    # The page tells how wide it became, which no script of its own could.
-    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
-    file = tmp_path / "page.html"
-    file.write_text(text + probe)
-
-    def chromium(*options):
-        command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-        command += [*options, file.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return done.stdout
-
-    dom = chromium("--window-size=500,900", "--dump-dom")
-    assert int(re.search(r"<title>(\d+)</title>", dom)[1]) <= 500  # no phone scrolls sideways
-    assert dom.count("<svg ") == len(svgs(text))
-    assert dom.count("</svg>") == len(svgs(text))
-    picture = tmp_path / "page.png"
-    chromium("--window-size=1200,1600", f"--screenshot={picture}")
+    found = browser.opened(text, tmp_path, width=500)
+    assert found["width"] <= 500  # no phone scrolls sideways
+    assert (found["console"], found["asked"]) == ([], [])
+    assert found["dom"].count("<svg ") == len(svgs(text))
+    assert found["dom"].count("</svg>") == len(svgs(text))
+    picture, file = tmp_path / "picture.png", tmp_path / "plain.html"
+    file.write_text(text)
+    browser.chromium(
+        file, tmp_path / "profile", "--window-size=1200,1600", f"--screenshot={picture}"
+    )
     from PIL import Image
 
     with Image.open(picture) as image:

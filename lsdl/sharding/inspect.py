@@ -265,7 +265,7 @@ def _svg(
         x, tall = x + across, max(tall, down)
         right = max(right, x)
     size = f'width="{max(right, 8 * len(title))}" height="{y + tall}"'
-    style = 'font-family="monospace" font-size="11"'
+    style = 'font-family="monospace" font-size="11" fill="currentColor"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(body)}</svg>'
 
 
@@ -274,10 +274,18 @@ def _ids_shown(cell: Sequence[int], words: Mapping[int, str]) -> list[str]:
     return [*few, f"+{len(cell) - MOST_IDS}"] if len(cell) > MOST_IDS else few
 
 
-def _word(text: str, x: float, y: float, *, anchor: str = "middle", weight: str = "normal") -> str:
+def _word(
+    text: str,
+    x: float,
+    y: float,
+    *,
+    anchor: str = "middle",
+    weight: str = "normal",
+    ink: str = "inherit",
+) -> str:
     if not text:
         return ""
-    fixed = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-weight="{weight}"'
+    fixed = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-weight="{weight}" fill="{ink}"'
     return f"<text {fixed}>{html.escape(text)}</text>"
 
 
@@ -294,7 +302,8 @@ def _cell(
         fixed = f'x="{x + k * stripe:g}" y="{y:g}" width="{stripe:g}" height="{CELL_HEIGHT}"'
         yield f'<rect {fixed} fill="{colours[device]}"/>'
     for k, word in enumerate(shown):
-        yield _word(word, x + (k + 0.5) * width / len(shown), y + 19)
+        # The stripes are light on a dark page too.
+        yield _word(word, x + (k + 0.5) * width / len(shown), y + 19, ink="#000")
     frame = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{CELL_HEIGHT}"'
     yield f'<rect {frame} fill="none" stroke="#444"/>'
 
