@@ -32,6 +32,7 @@ NOT_RUN = {
     r"python -c .*download_and_prepare": "needs the network",
     r"make (train|plan-tools)": "needs the network: it installs packages",
     r"make (test|faults|parity|format|golden|lint)": "is a suite of its own, or rewrites its files",
+    r"make notebooks": "runs every notebook, which its own tests do",
     r"python -m tests\.": "rewrites what the long fault tests counted",
     r"python -m lsdl\.study (all|run (large_batch|conditioning)(?!.*full))": "measures for minutes",
     r"python -m lsdl\.plan .*--target(?!.*--analytic)": "needs the compilers of make plan-tools",
