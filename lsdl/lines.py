@@ -38,6 +38,9 @@ class Lines:
         self._texts = dict.fromkeys(self._sockets, b"")
         self._heard_at = dict.fromkeys(self._sockets, time.monotonic())
         self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Listen from here on: a word may be there already."""
         threading.Thread(target=self._run, daemon=True).start()
 
     def send(self, process: int, word: str) -> None:

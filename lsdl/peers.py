@@ -49,6 +49,7 @@ class Peers:
         )
         self._stop.say = self._say
         self._stop.farewell = lambda code: None
+        self._lines.start()
         atexit.register(self._bye)  # of an entry that does not leave by `leave`
         # jax aborts when it loses process 0: while this handler sleeps (6 s: a signal's number is
         # its argument) the lines end the process in words. It needs no Python.

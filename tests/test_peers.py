@@ -12,10 +12,17 @@ from lsdl.interruption import StopRequest
 class Lines:
     """Writes down what was said, in order with the end of the process."""
 
+    waiting = ()
+
     def __init__(self, sockets, *, silence_s, heard, lost, beat):
         self.heard, self.lost = heard, lost
         self.said = []
         self.hears = lambda word: None  # what the others do at a word
+
+    def start(self):
+        """What was said before this process listened is heard at once."""
+        for process, word in self.waiting:
+            self.heard(process, word)
 
     def send_all(self, word):
         self.said.append(word)
@@ -68,6 +75,13 @@ def test_whoever_leaves_as_all_were_told_is_not_lost(join, monkeypatch, process)
     lines.lost(other, "its connection has closed")
     assert lines.said == (["leave 2"] if process == 0 else [])
     assert stop.signal == 2
+
+
+def test_a_word_that_is_there_already_is_answered(join, monkeypatch):
+    monkeypatch.setattr(Lines, "waiting", [(1, f"leave {SAVED_AND_STOPPED}")])
+    stop, lines = join(0, 3)
+    assert lines.said == ["leave 15"]
+    assert stop.signal == 15
 
 
 def test_where_nothing_ends_the_process_whoever_leaves_is_lost(join):
