@@ -29,7 +29,7 @@ from lsdl.interruption import StopRequest, current
 from lsdl.launcher import end_with_launcher
 from lsdl.peers import Peers
 from lsdl.rendezvous import meeting, place, run_token, split_address
-from lsdl.rollcall import Call, Hearing, joined, listening, roll_call
+from lsdl.rollcall import Call, Hearing, farewell, joined, listening, roll_call
 
 SLOWEST_S = 3600  # that one process may take longer than another for the same piece of work
 
@@ -67,7 +67,9 @@ def initialise(
         return
     stop = current() or StopRequest()
     sockets: dict[int, socket.socket] = {}
-    stop.farewell = lambda code: _say_farewell(sockets, code)
+    # jax does not say how many there are before they have met.
+    others = 0 if not coordinator else 1 if process_id else num_processes - 1
+    stop.farewell = lambda code: farewell(sockets, code=code, others=others)
     stop.wait_if_leaving()
     # jax's own heartbeat is slower than the lines', which tell the cause.
     limits = {
@@ -143,13 +145,6 @@ def _join(process_id: int, total: int, stop: StopRequest, sockets: dict, silence
     if total > 1:
         _peers = Peers(process_id, total, stop)
         _peers.join(sockets, silence_s=silence_s)
-
-
-def _say_farewell(sockets: dict[int, socket.socket], code: int) -> None:
-    """To those that are in the roll call: this process was told to stop."""
-    for line in list(sockets.values()):
-        with contextlib.suppress(OSError):
-            line.sendall(f"leave {code}\n".encode())
 
 
 def is_main() -> bool:

@@ -44,7 +44,7 @@ def roll_call(
 ) -> Meeting:
     """Return on all processes once all of them have called process 0 at `coordinator`.
 
-    `sockets` is filled while the others call: who leaves meanwhile can say so ("leave CODE").
+    `sockets` is filled while the others call: who leaves meanwhile can say so (`farewell`).
     Raises `UnreachableError` after `wait_s` seconds: in process 0 with the numbers of those that
     did not call, in another that did not get through with the reason.
     """
@@ -85,6 +85,22 @@ def excuse(
                 line.sendall(words)
             return
         time.sleep(0.1)
+
+
+def farewell(sockets: dict[int, socket.socket], *, code: int, others: int) -> None:
+    """Tell the others, in the roll call that fills `sockets`, that this process leaves with `code`.
+
+    Its roll call goes on meanwhile: `others` are waited for, but no longer than `EXCUSE_S` seconds.
+    """
+    deadline, told = time.monotonic() + EXCUSE_S, set()
+    while True:
+        for line in set(sockets.copy().values()) - told:
+            told.add(line)
+            with contextlib.suppress(OSError):
+                line.sendall(f"leave {code}\n".encode())
+        if len(told) >= others or time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
 
 
 def joined(host: str, port: int) -> str:
@@ -301,9 +317,9 @@ class Call:
         except OSError as error:
             return "", error.strerror or str(error)
         line.settimeout(left + 5)  # process 0 began to wait at another time
-        self._sockets[0] = line
         with contextlib.suppress(OSError):
             line.sendall(f"lsdl {self._id} {self._total} {self._token}\n".encode())
+        self._sockets[0] = line  # not before: whoever leaves speaks over it, from another thread
         answer = _line(line)
         if not answer.startswith("go "):
             del self._sockets[0]

@@ -271,8 +271,11 @@ def test_an_excuse_that_nobody_hears_keeps_nobody(monkeypatch):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.threat(1)
 @pytest.mark.parametrize("leaver", [0, 1])
-def test_who_is_told_to_stop_in_a_roll_call_takes_the_others_along(leaver):
+@pytest.mark.parametrize("pause", [0, 0.3])
+def test_who_is_told_to_stop_in_a_roll_call_takes_the_others_along(leaver, pause):
+    """As early as before it has called anybody, and later."""
     port, ends, sockets = free_port(), {}, {}
 
     def call(i):
@@ -281,17 +284,47 @@ def test_who_is_told_to_stop_in_a_roll_call_takes_the_others_along(leaver):
             roll_call(f"127.0.0.1:{port}", 3, i, wait_s=3, sockets=known)
         ends[i] = end.value
 
+    others = 1 if leaver else 2
+    leave = threading.Thread(
+        target=rollcall.farewell, args=(sockets,), kwargs=dict(code=75, others=others), daemon=True
+    )
+    if not pause:
+        leave.start()
+        time.sleep(0.1)
     threads = [threading.Thread(target=call, args=(i,)) for i in (0, 1)]
     for thread in threads:
         thread.start()
-    until = time.monotonic() + 10
-    while not sockets and time.monotonic() < until:
-        time.sleep(0.01)
-    for line in list(sockets.values()):  # as the owner of the signals does
-        line.sendall(b"leave 75\n")
+    if pause:
+        time.sleep(pause)
+        leave.start()
     for thread in threads:
         thread.join()
     assert ends[1 - leaver].code == 75
+
+
+def test_a_process_says_who_it_is_before_it_can_say_that_it_leaves(monkeypatch):
+    """Else process 0 takes it for a stranger, and the others wait for it in vain."""
+    port, sockets = free_port(), {}
+    said = []
+
+    class Line:
+        def sendall(self, words):
+            said.append((words.split(b" ")[0], bool(sockets)))
+
+        def settimeout(self, seconds):
+            pass
+
+        def recv(self, size):
+            return b""
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(rollcall.socket, "create_connection", lambda *_, **__: Line())
+    with pytest.raises(UnreachableError):
+        roll_call(f"127.0.0.1:{port}", 2, 1, wait_s=0.2, sockets=sockets)
+    assert (b"lsdl", False) in said
+    assert (b"lsdl", True) not in said
 
 
 def found(*addresses):
