@@ -1,7 +1,6 @@
 """`loader.batch(step)` is a pure function of (seed, step), and so is every row of it."""
 
 import time
-import zlib
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsdl.data import readers, transforms
-from lsdl.data.loader import Loader, permuted
+from lsdl.data.loader import Loader
 from lsdl.sharding.mesh import make_mesh
 
 BATCH = 16
@@ -86,47 +85,6 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 # --- the order of training ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("examples", [1, 2, 3, 7, 64, 100, 1257])
-def test_permuted_is_a_permutation(examples):
-    order = permuted(np.arange(examples), examples=examples, seed=3, epoch=5)
-    np.testing.assert_array_equal(np.sort(order), np.arange(examples))
-
-
-def test_permuted_at_a_position_needs_no_other_position():
-    order = permuted(np.arange(100), examples=100, seed=1, epoch=2)
-    some = np.array([99, 3, 3, 50])
-    np.testing.assert_array_equal(permuted(some, examples=100, seed=1, epoch=2), order[some])
-
-
-def test_permuted_looks_random():
-    order = permuted(np.arange(1257), examples=1257, seed=0, epoch=0)
-    assert abs(np.corrcoef(order, np.arange(1257))[0, 1]) < 0.1
-    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.1
-    assert (np.diff(order) == 1).mean() < 0.01
-
-
-@pytest.mark.threat(14)
-@pytest.mark.parametrize(
-    ("examples", "seed", "epoch", "order"),
-    [
-        (10, 0, 0, [3, 2, 4, 1, 8, 5, 9, 7, 0, 6]),
-        (10, 0, 1, [6, 0, 3, 1, 4, 9, 7, 8, 5, 2]),
-        (10, 1, 0, [0, 2, 4, 3, 8, 9, 5, 7, 6, 1]),
-        (12, 2**32 - 1, 10**6, [6, 1, 10, 4, 11, 9, 3, 0, 5, 8, 2, 7]),
-    ],
-)
-def test_permuted_never_changes(examples, seed, epoch, order):
-    """A run started with an older lsdl has to go on in the same order."""
-    found = permuted(np.arange(examples), examples=examples, seed=seed, epoch=epoch)
-    assert found.tolist() == order
-
-
-@pytest.mark.parametrize(("seed", "epoch", "checksum"), [(0, 0, 1529507575), (7, 59, 1228158040)])
-def test_permuted_never_changes_for_the_digits(seed, epoch, checksum):
-    found = permuted(np.arange(1257), examples=1257, seed=seed, epoch=epoch)
-    assert zlib.crc32(found.astype("<i8").tobytes()) == checksum
 
 
 @pytest.mark.threat(23)

@@ -5,7 +5,6 @@ reads follows from where the mesh puts the batch, never from the process's numbe
 """
 
 import functools
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -13,25 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from lsdl.data.permutation import permuted
 from lsdl.data.ramp import Ramp
 from lsdl.data.readers import EVALUATION, TRAIN, generator
 from lsdl.data.skip import Skips, place
 from lsdl.data.transforms import Transform
 from lsdl.state import Batch
-
-
-def permuted(positions: np.ndarray, *, examples: int, seed: int, epoch: int) -> np.ndarray:
-    """Record index of each of the epoch's `positions`, under the epoch's own permutation.
-
-    Needs no memory for the permutation itself (Grain's index shuffle, a block cipher).
-    """
-    # Grain takes one 32-bit seed and adds the epoch to it, which would make epoch 1 of seed 0 the
-    # same order as epoch 0 of seed 1: mix the two properly instead.
-    mixed = zlib.crc32(np.array([seed, epoch], np.uint64).tobytes())
-    draw = grain.experimental.index_shuffle
-    return np.array(
-        [draw(int(p), max_index=examples - 1, seed=mixed, rounds=4) for p in positions], np.int64
-    )
 
 
 class Loader:

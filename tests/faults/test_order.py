@@ -7,7 +7,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lsdl.data import skip
-from lsdl.data.loader import Loader, permuted
+from lsdl.data.loader import Loader
+from lsdl.data.permutation import permuted
 from lsdl.errors import UserError
 
 GOLDEN = {  # (examples, seed, epoch): the first eight records
