@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 from lsdl.metrics import fetched
 from lsdl.state import TrainState
@@ -162,6 +161,8 @@ def linear_probe(
 
     Source: Radford et al. 2021, appendix A.3 (L-BFGS), with the strength of L2 fixed.
     """
+    from sklearn.linear_model import LogisticRegression  # a second of each start
+
     mean_D, std_D = train_ND.mean(0), train_ND.std(0) + 1e-6
     train_ND, test_MD = ((x - mean_D) / std_D for x in (train_ND, test_MD))
     fitted = LogisticRegression(C=1 / l2, max_iter=1000).fit(train_ND, train_N)
