@@ -43,7 +43,7 @@ LEVELS = [
         ),
         *("data.captions", "data.stdlib", "data.text", "data.corpus", "data.sources"),
         *("data.part", "data.transforms", "data.dataset", "data.ramp", "data.skip"),
-        *("data.loader", "data.folds"),
+        *("data.permutation", "data.loader", "data.folds"),
         *("models.remat", "models.layers", "models.moe", "models.attention", "models.transformer"),
         *("models.mlp", "models.alexnet", "models.inception", "models.resnet"),
         *("models.efficientnet", "models.regnet"),
