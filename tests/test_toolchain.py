@@ -193,6 +193,31 @@ def test_a_tpu_says_in_the_condition_how_often_a_loop_runs(limit, times):
         assert one.times == times
 
 
+@pytest.mark.parametrize(
+    ("limit", "added", "times"), [(8, 2, 4), (7, 2, 4), (8, 1, 8), (8, None, 8), (1, 2, 1)]
+)
+def test_a_tpu_counts_in_steps_that_the_body_tells(limit, added, times):
+    """In steps of 2 where it takes a product and the exchange of its parts together."""
+    condition = computation(
+        "below",
+        f"%n = u32[]{{:T(128)}} constant({limit})",
+        "%i = u32[]{:T(128)} get-tuple-element(%p), index=1",
+        "ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={}",
+    )
+    more = "%other = u32[] add(%c, %c)" if added is None else "%next = u32[] add(%at, %step)"
+    body = computation(
+        "body",
+        reduce("f32[2]{0}"),
+        f"%step = u32[]{{:T(128)}} constant({added or 5})",
+        "%at = u32[]{:T(128)} get-tuple-element(%p), index=1",
+        more + ", control-predecessors={%at}",
+        "ROOT %t = (f32[2]{0}, u32[]{:T(128)}) tuple(%r, /*index=1*/%next)",
+    )
+    line = "%while.1 = (f32[2], u32[]) while(%t), condition=%below, body=%body"
+    (one,) = hlo.collectives(program(line, others=condition + body), {"data": 8})
+    assert one.times == times
+
+
 # What does not fit
 
 

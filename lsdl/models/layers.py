@@ -141,8 +141,10 @@ def gathered(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     parts of all rows, and makes them whole on every device to split them by the batch.
     """
     _, *wanted = nn.logical_to_mesh_axes(("batch", *axes))
-    if nn.logical_to_mesh_axes(axes) == PartitionSpec(*wanted):
+    split = nn.logical_to_mesh_axes(axes)
+    if split == PartitionSpec(*wanted):
         return x
+    x = lax.with_sharding_constraint(x, split)  # or it is gathered before it is cast
     return lax.with_sharding_constraint(x, PartitionSpec(*wanted))
 
 

@@ -40,8 +40,12 @@ CALLED = re.compile(
 SCATTERED = re.compile(r"\bcalls=%?(all-reduce-scatter[\w.\-]*)")
 ARRAY = re.compile(r"\b(\w+)\[([^\]]*)\]")  # dtype and dims
 CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-NUMBER = re.compile(r"\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
-BELOW = re.compile(r"\s+ROOT \S+ = pred\[\]\S* compare\(\S+, %?([\w.\-]+)\), direction=LT")
+BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+# What the counter of a loop is read from.
+SCALAR = re.compile(
+    r"\s+(?:ROOT )?%?([\w.\-]+) = (?:[su]32|pred)\[\]\S* "
+    r"(constant|get-tuple-element|add|compare)\(([^)]*)\)(?:, (?:index=(\d+)|direction=(LT)))?"
+)
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -75,7 +79,7 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     in a loop whose number of trips the program does not tell.
     """
     partitions = math.prod(map(int, re.findall(r"\bnum_partitions=(\d+)", text)))
-    computations, entry, limits = _computations(text)
+    computations, entry, counters = _computations(text)
 
     def walk(name: str, times: int, meanwhile: bool = False) -> Iterator[Collective]:
         for opcode, shape, rest in computations[name]:
@@ -100,7 +104,7 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
             for one, several in CALLED.findall(rest)
             for name in (one or several).split(",")
         ]
-        trips = _trips(rest, limits) if opcode == "while" else 1
+        trips = _trips(rest, counters) if opcode == "while" else 1
         found = [list(walk(name, times * trips, meanwhile)) for name in called]
         if opcode == "conditional":
             return max(found, key=lambda branch: sum(one.wire_bytes() for one in branch))
@@ -115,38 +119,85 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     return list(walk(entry, 1))
 
 
-def _trips(rest: str, limits: Mapping[str, int]) -> int:
+def _trips(rest: str, counters: Mapping[str, "_Counter"]) -> int:
     """How often a while runs; 0 where that is not known."""
     if said := TRIPS.search(rest):
         return int(said[1])
-    # A TPU's compiler does not say. Loops of lax.scan count from 0 in steps of 1.
-    return limits.get(CONDITION.search(rest)[1], 0)
+    # A TPU's compiler does not say. Its loops count from 0: lax.scan's in steps of 1, those that
+    # take a product and the exchange of its parts together in steps of 2.
+    condition, body = (counters[of.search(rest)[1]] for of in (CONDITION, BODY))
+    limit = condition.limit()
+    return -(-limit[1] // body.step(limit[0])) if limit else 0
 
 
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str, dict[str, int]]:
+class _Counter:
+    """The scalars of a computation that is a loop's condition or body."""
+
+    def __init__(self):
+        self._constants: dict[str, int] = {}
+        self._places: dict[str, int] = {}  # in the loop's tuple, of what is read from it
+        self._sums: dict[str, list[str]] = {}
+        self._compared: list[str] = []
+        self.root: list[str] = []  # the elements of the tuple that it makes
+
+    def read(self, line: str) -> None:
+        if not (found := SCALAR.match(line)):
+            return
+        name, opcode, operands, index, below = found.groups()
+        if opcode == "constant":
+            self._constants[name] = int(operands) if operands.isdigit() else 0
+        elif opcode == "get-tuple-element" and index:
+            self._places[name] = int(index)
+        elif opcode == "add":
+            self._sums[name] = _names(operands)
+        elif below:
+            self._compared = _names(operands)
+
+    def limit(self) -> tuple[int | None, int] | None:
+        """(place, number): it asks whether what is there is below the number."""
+        if len(self._compared) != 2 or self._compared[1] not in self._constants:
+            return None
+        return self._places.get(self._compared[0]), self._constants[self._compared[1]]
+
+    def step(self, place: int | None) -> int:
+        """What it adds to the counter at `place`: 1, unless it says otherwise."""
+        if place is None or place >= len(self.root):
+            return 1
+        added = self._sums.get(self.root[place], [])
+        return max([self._constants[name] for name in added if name in self._constants] or [1])
+
+
+def _names(operands: str) -> list[str]:
+    """`%a, /*index=5*/%b` -> [a, b]."""
+    return [name.split("%")[-1].strip() for name in operands.split(",")]
+
+
+def _computations(
+    text: str,
+) -> tuple[dict[str, list[tuple[str, str, str]]], str, dict[str, _Counter]]:
     """{computation: (opcode, shape, operands and attributes) of its instructions}, and the entry.
 
-    Of the instructions, those that are collectives or call others. And {computation: number} of
-    those that tell whether a counter is still below a number.
+    Of the instructions, those that are collectives or call others. And of each computation what
+    a loop counts by.
     """
-    computations, limits, numbers, name, entry = {}, {}, {}, "", ""
+    computations, counters, name, entry = {}, {}, "", ""
     for line in text.splitlines():
         if head := COMPUTATION.match(line):
-            name, numbers = head[1], {}
-            computations[name] = []
+            name = head[1]
+            computations[name], counters[name] = [], _Counter()
             entry = name if line.startswith("ENTRY") else entry
         elif name and (head := INSTRUCTION.match(line)):
-            if number := NUMBER.match(line):
-                numbers[number[1]] = int(number[2])
-            elif (below := BELOW.match(line)) and below[1] in numbers:
-                limits[name] = numbers[below[1]]
+            counters[name].read(line)
+            root = line.lstrip().startswith("ROOT")
             line = line[head.end() :]
             shape = line[: _end(line)]
             opcode = OPCODE.match(line, len(shape))
             rest = line[opcode.end() :]
+            if root and opcode[1] == "tuple":
+                counters[name].root = _names(rest.split(")")[0])
             if opcode[1].removesuffix("-start") in WIRE or CALLED.search(rest):
                 computations[name].append((opcode[1], shape, rest))
-    return computations, entry, limits
+    return computations, entry, counters
 
 
 def _end(text: str) -> int:
