@@ -322,6 +322,20 @@ def test_padding_repeats_the_first_example():
 # --- transforms -----------------------------------------------------------------------------------
 
 
+@pytest.mark.threat(14)
+@pytest.mark.parametrize("seed", [0, 7, 2**70])
+def test_a_generator_that_is_put_back_draws_as_a_new_one(seed):
+    """Whatever was drawn from it before: half a word is left over by the first, 32-bit draws."""
+    epochs, indices = [0, 0, 5, 2**40], [3, 0, 2**63 + 1, 3]
+    drawn = []
+    for rng in readers.generators(seed, readers.TRAIN, epochs, indices):
+        drawn.append((rng.integers(3), rng.normal(), rng.permutation(9).tolist(), rng.integers(7)))
+    for epoch, index, found in zip(epochs, indices, drawn, strict=True):
+        rng = readers.generator(seed, readers.TRAIN, epoch, index)
+        new = rng.integers(3), rng.normal(), rng.permutation(9).tolist(), rng.integers(7)
+        assert found == new
+
+
 def test_transforms_are_applied_in_order():
     def add(value):
         return lambda example, rng: example | {"image": example["image"] * 2 + value}

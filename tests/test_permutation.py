@@ -1,11 +1,14 @@
 """The order of an epoch is a permutation, always the same one, and Grain's."""
 
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
 import pytest
 
+from lsdl.data import permutation
 from lsdl.data.permutation import permuted
 
 
@@ -71,3 +74,20 @@ def test_the_order_is_that_of_grains_index_shuffle(examples):
         ours = permuted(positions, examples=examples, seed=seed, epoch=epoch)
         assert ours.dtype == np.int64
         np.testing.assert_array_equal(ours, np.reshape(theirs, positions.shape))
+
+
+def test_threads_make_the_order_of_an_epoch_once(monkeypatch):
+    """Batches ahead come to an epoch's end together."""
+    made, encrypted = [], permutation._encrypted
+
+    def slow(*arguments):
+        made.append(arguments)
+        time.sleep(0.05)
+        return encrypted(*arguments)
+
+    monkeypatch.setattr(permutation, "_encrypted", slow)
+    where = dict(examples=10, seed=0, epoch=987_654)
+    with ThreadPoolExecutor(4) as pool:
+        orders = list(pool.map(lambda _: permuted(np.arange(10), **where).tolist(), range(4)))
+    assert len(made) == 1
+    assert orders == 4 * orders[:1]

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from lsdl.data.permutation import permuted
 from lsdl.data.ramp import Ramp
-from lsdl.data.readers import EVALUATION, TRAIN, generator
+from lsdl.data.readers import EVALUATION, TRAIN, generator, generators
 from lsdl.data.skip import Skips, place
 from lsdl.data.transforms import Transform
 from lsdl.state import Batch
@@ -103,8 +103,9 @@ class Loader:
             found = self._reader.rows(index)
             batch = {name: found[name] for name in self._spec}
         else:
-            drawn = zip(index, epoch, counter, strict=True)
-            examples = [self._example(*row) for row in drawn]
+            stream = TRAIN if self._train else EVALUATION
+            draws = generators(self._seed, stream, epoch.tolist(), counter.tolist())
+            examples = [self._example(*row) for row in zip(index.tolist(), draws, strict=True)]
             batch = {name: np.stack([e[name] for e in examples]) for name in self._spec}
         batch = {name: batch[name].astype(leaf.dtype) for name, leaf in self._spec.items()}
         for name, leaf in self._spec.items():
@@ -144,11 +145,8 @@ class Loader:
             index[among] = permuted(position[among], **where)
         return index, epoch, position
 
-    def _example(self, index: int, epoch: int, counter: int) -> dict[str, np.ndarray]:
-        example = {name: np.asarray(value) for name, value in self._reader[int(index)].items()}
-        if self._transforms:
-            stream = TRAIN if self._train else EVALUATION
-            rng = generator(self._seed, stream, int(epoch), int(counter))
-            for transform in self._transforms:
-                example = transform(example, rng)
+    def _example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = {name: np.asarray(value) for name, value in self._reader[index].items()}
+        for transform in self._transforms:
+            example = transform(example, rng)
         return example

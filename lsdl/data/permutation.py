@@ -8,6 +8,7 @@ interpreter meanwhile.
 """
 
 import functools
+import threading
 import zlib
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 ROUNDS = 4
 SMALLEST = 16  # bits of a block: fewer leave a pattern
 WORD = 2**32
+_MAKING = threading.Lock()
 
 
 def permuted(positions: np.ndarray, *, examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -25,7 +27,8 @@ def permuted(positions: np.ndarray, *, examples: int, seed: int, epoch: int) -> 
     # Mixed properly: a sum would make epoch 1 of seed 0 the same order as epoch 0 of seed 1.
     mixed = zlib.crc32(np.array([seed, epoch], np.uint64).tobytes())
     if examples <= 2**SMALLEST:
-        return _whole(examples, mixed)[positions]
+        with _MAKING:  # batches ahead are made in several threads, at an epoch's end too
+            return _whole(examples, mixed)[positions]
     bits = (examples - 1).bit_length()
     found, keys = np.asarray(positions).ravel().astype(np.uint64), _round_keys(mixed)
     outside = np.arange(found.size)
@@ -35,14 +38,14 @@ def permuted(positions: np.ndarray, *, examples: int, seed: int, epoch: int) -> 
     return found.astype(np.int64).reshape(np.shape(positions))
 
 
-@functools.lru_cache(maxsize=4)  # batches ahead are made in several threads, at an epoch's end too
+@functools.lru_cache(maxsize=4)
 def _whole(examples: int, seed: int) -> np.ndarray:
     """The record indices of a whole epoch; the walk is as long as few of the numbers are records.
 
     So its length is doubled each time: `walk` goes 1, 2, 4, ... steps, and stays on a record.
     """
     numbers = np.arange(2**SMALLEST)
-    walk = _encrypted(numbers.astype(np.uint64), SMALLEST, _round_keys(seed)).astype(np.int64)
+    walk = _encrypted(numbers.astype(np.uint16), SMALLEST, _round_keys(seed)).astype(np.int64)
     found = walk[:examples]
     walk = np.where(numbers < examples, numbers, walk)
     while (found >= examples).any():
@@ -52,17 +55,18 @@ def _whole(examples: int, seed: int) -> np.ndarray:
 
 
 def _encrypted(numbers: np.ndarray, bits: int, keys: tuple[int, ...]) -> np.ndarray:
-    """Another of the numbers below 2**bits for each of `numbers`, uint64; `bits` is even."""
-    width, mask = np.uint64(bits // 2), np.uint64(2 ** (bits // 2) - 1)
+    """Another of the numbers below 2**bits for each of `numbers`, unsigned; `bits` is even."""
+    word = numbers.dtype.type
+    width, mask = bits // 2, 2 ** (bits // 2) - 1
 
-    def rotated(word, by):
-        return (word << np.uint64(by)) | (word >> (width - np.uint64(by)))
+    def rotated(half, by):
+        return (half << word(by)) | (half >> word(width - by))
 
-    left, right = numbers >> width, numbers & mask
+    left, right = numbers >> word(width), numbers & word(mask)
     for key in keys:
         mixed = (rotated(right, 1) & rotated(right, 8)) ^ rotated(right, 2)
-        left, right = right, (left ^ mixed ^ np.uint64(key)) & mask
-    return (left << width) | right
+        left, right = right, (left ^ mixed ^ word(key & mask)) & word(mask)
+    return (left << word(width)) | right
 
 
 def _round_keys(seed: int) -> tuple[int, ...]:

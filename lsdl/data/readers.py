@@ -5,7 +5,7 @@ A reader that also has `rows(index) -> dict` gives many examples at once, stacke
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -31,6 +31,21 @@ def generator(seed: int, stream: int, epoch: int, index: int) -> np.random.Gener
     """The random numbers of one example: a function of the four numbers alone."""
     counter = np.array([0, stream, epoch, index], np.uint64)
     return np.random.Generator(np.random.Philox(key=seed, counter=counter))
+
+
+def generators(
+    seed: int, stream: int, epochs: Iterable[int], indices: Iterable[int]
+) -> Iterator[np.random.Generator]:
+    """`generator` of each (epoch, index) in turn: draw from one before the next is asked for.
+
+    It is one object that is put back each time, as a new one asks the system for entropy first.
+    """
+    bits = np.random.Philox(key=seed)
+    fresh, rng = bits.state, np.random.Generator(bits)
+    for epoch, index in zip(epochs, indices, strict=True):
+        fresh["state"]["counter"] = (0, stream, epoch, index)
+        bits.state = fresh
+        yield rng
 
 
 class Arrays:

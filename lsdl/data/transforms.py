@@ -64,7 +64,7 @@ def shift(pixels: int) -> Transform:
         raise ValueError("its pixels must not be negative")
 
     def change(image_HWC, rng):
-        down, right = rng.integers(0, 2 * pixels + 1, size=2)
+        down, right = rng.integers(2 * pixels + 1), rng.integers(2 * pixels + 1)
         height, width, _ = image_HWC.shape
         padded = np.zeros((height + 2 * pixels, width + 2 * pixels, image_HWC.shape[2]), np.uint8)
         padded[pixels : pixels + height, pixels : pixels + width] = image_HWC
