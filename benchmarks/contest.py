@@ -67,9 +67,7 @@ class Worker:
         return self.hear()
 
     def cpu_s(self) -> float:
-        """That the process has had so far."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        return cpu_s(self._process.pid)
 
     def end(self) -> None:
         self._process.kill()
@@ -78,6 +76,12 @@ class Worker:
 
 def _paths() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def cpu_s(pid: int) -> float:
+    """That the process has had so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def busy_s() -> float:

@@ -31,9 +31,7 @@ def main() -> int:
     add("--config", default="configs/digits_vit.py", metavar="FILE[:VARIANT]")
     add("--steps", type=int, default=100, metavar="N", help="of a measurement (default: 100)")
     arguments, overrides = parser.parse_known_args()
-    every = ("total_steps", "eval.every_steps", "checkpoint.every_steps")
-    overrides += [f"--config.{name}={WARM + arguments.steps}" for name in every]
-    experiment = Source(arguments.config, tuple(overrides)).build()
+    experiment = shortened(arguments.config, overrides, arguments.steps)
     bare = course._compiled(experiment, 0)
     times = []
     for i in range(arguments.pairs + 1):
@@ -52,6 +50,13 @@ def main() -> int:
         **record.origin(),
     }
     return record.tell(found, arguments.out)
+
+
+def shortened(config: str, overrides: list[str], steps: int) -> Experiment:
+    """A run of `WARM` and `steps` more, without evaluations and saves before its end."""
+    every = ("total_steps", "eval.every_steps", "checkpoint.every_steps")
+    lengths = [f"--config.{name}={WARM + steps}" for name in every]
+    return Source(config, (*overrides, *lengths)).build()
 
 
 class Clock:

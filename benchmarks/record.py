@@ -64,11 +64,12 @@ def parser(name: str, *, pairs: int) -> argparse.ArgumentParser:
 
 
 def tell(found: dict[str, Any], out: Path | None) -> int:
-    """Print it, and write it to `out` in the place of one of the same match; the exit code."""
+    """Print it, and write it to `out` in the place of one of the same match and peer; exit code."""
     print(json.dumps(found, indent=1))
     if out:
         before = json.loads(out.read_text()) if out.exists() else []
-        kept = [one for one in before if one["match"] != found["match"]]
+        about = lambda one: (one["match"], one["peer"])  # noqa: E731
+        kept = [one for one in before if about(one) != about(found)]
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps([*kept, found], indent=1) + "\n")
     return 0

@@ -1,11 +1,13 @@
 """Contests: what is not the same is not played, what was disturbed is dropped, and all is told."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import contest, record, run, table
+from benchmarks import contest, jpegs, loader, record, run, table
 from benchmarks.matches import MATCHES
 
 RESULTS = sorted(table.RESULTS.glob("*.json"))
@@ -109,12 +111,14 @@ def test_results_of_lsdl_alone_say_where_they_come_from(path):
             assert one[field], field
 
 
-def test_a_result_takes_the_place_of_one_of_the_same_match(tmp_path, capsys):
+def test_a_result_takes_the_place_of_one_of_the_same_match_and_peer(tmp_path, capsys):
     out = tmp_path / "alone" / "loop.json"
-    for match, ratio in (("a", 1), ("b", 2), ("a", 3)):
-        assert record.tell({"match": match, "ratio": ratio}, out) == 0
-    assert {one["match"]: one["ratio"] for one in json.loads(out.read_text())} == {"a": 3, "b": 2}
-    assert capsys.readouterr().out.count('"match"') == 3
+    told = (("a", "x", 1), ("b", "x", 2), ("a", "x", 3), ("a", "y", 4))
+    for match, peer, ratio in told:
+        assert record.tell({"match": match, "peer": peer, "ratio": ratio}, out) == 0
+    kept = {(one["match"], one["peer"]): one["ratio"] for one in json.loads(out.read_text())}
+    assert kept == {("a", "x"): 3, ("b", "x"): 2, ("a", "y"): 4}
+    assert capsys.readouterr().out.count('"match"') == 4
 
 
 def test_a_ratio_of_pairs_is_that_of_each_pair():
@@ -145,3 +149,50 @@ def test_without_a_peer_lsdl_is_timed_alone(monkeypatch, tmp_path):
     assert found["peer"] is None
     assert found["lsdl"]["step_s"] > 0
     assert any("no peer is there" in line for line in said)
+
+
+# --- the loader -----------------------------------------------------------------------------------
+
+SMALL = {  # batches of one whole epoch, and the leaf that no transform changes
+    "digits": (3, {"batch_size": 419}, "label"),
+    "jpeg": (2, {"batch_size": 4}, "label"),
+    "text": (2, {"batch_size": 8, "data.train_split": "valid", "data.train_examples": 16}, "token"),
+}
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(jpegs, "PICTURES", 8)
+    monkeypatch.setenv("LSDL_DATA_DIR", str(tmp_path))
+    for name, (batches, fields, _) in SMALL.items():
+        case = loader.CASES[name]
+        case = dataclasses.replace(case, batches=batches, fields=case.fields | fields)
+        monkeypatch.setitem(loader.CASES, name, case)
+    loader.feed.cache_clear()
+    yield
+    loader.feed.cache_clear()
+
+
+def leaves(batch):
+    return {name: (x.shape, x.dtype, x.devices()) for name, x in batch.items()}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_peer_of_the_loader_gives_the_same_records(small, name):
+    ours, theirs = (list(of(name)()) for of in (loader.of_lsdl, loader.of_grain))
+    for own, other in zip(ours, theirs, strict=True):
+        del own["weight"]
+        assert leaves(own) == leaves(other)
+    unchanged = SMALL[name][-1]
+    seen = [np.concatenate([batch[unchanged] for batch in side]) for side in (ours, theirs)]
+    assert sorted(seen[0].tolist()) == sorted(seen[1].tolist())
+
+
+def test_the_ratio_of_loaders_is_that_of_batches(small, monkeypatch):
+    monkeypatch.setattr(record, "origin", lambda: {"versions": {}})
+    found = loader.measured("digits", "grain", 2)
+    assert found["n"] == 2
+    assert found["peer"] == "plain Grain"
+    assert 0 < found["ratio"]["min"] <= found["ratio"]["median"] <= found["ratio"]["max"]
+    for side in ("lsdl", "theirs"):
+        assert found[side]["batch_s"] * found[side]["examples_per_s"] == pytest.approx(419)
