@@ -31,6 +31,7 @@ def get_config(arg=None):
     config.model.norm = "batch"
     config.model.zero_gamma = False
     config.model.head_std = 0.0
+    config.model.dropout = 0.0
 
     config.optim.name = "sgd"
     config.optim.momentum = 0.9

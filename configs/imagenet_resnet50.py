@@ -43,6 +43,7 @@ def get_config(arg=None):
     config.model.norm = "batch"
     config.model.zero_gamma = True
     config.model.head_std = 0.01
+    config.model.dropout = 0.0
 
     config.optim.momentum = 0.9
     if lars:

@@ -21,7 +21,7 @@ CHOICES = {  # of model fields
 OF_MODEL = {"mlp": {"norm": mlp.NORMS}, "resnet": resnet.WORDS}  # of fields that one model has
 POSITIVE = (
     *("width", "num_layers", "num_heads", "mlp_dim", "patch", "embed_dim", "max_length"),
-    *("group_width", "vocab_size"),
+    *("group_width", "vocab_size", "widening"),
 )
 
 

@@ -37,6 +37,7 @@ def costs(of):
 # Parameters and FLOPs
 
 FAMILIES = ("lm_llama:8b", "lm_bert:base", "imagenet_vit:b16", "cifar10_resnet", "clip:g14")
+FAMILIES += ("cifar10_wrn:28-10",)
 MORE_FAMILIES = [
     *(f"gpt3:{size}" for size in GPT3_SIZES),
     *("lm_gpt2:124m", "lm_llama:110m", "lm_llama:70b", "stdlib_gpt", "stdlib_gpt:experts"),
@@ -74,6 +75,7 @@ def test_published_counts():
 COUNTED = {
     "gpt2 form": ("gpt3:125m,smoke", "remat=full", "loss.chunk=128"),
     "ViT": ("digits_vit:smoke", "remat=full", "model.scan_layers=true"),
+    "wide ResNet": ("cifar10_wrn:dropout,smoke", "remat=full"),
 }
 COUNTED_IN_FULL = {
     "GPT-3": ("gpt3:175b",),
@@ -85,6 +87,7 @@ COUNTED_IN_FULL = {
     "ResNet-50": ("imagenet_resnet50",),
     "ResNet-50, computed again": ("imagenet_resnet50", "remat=full"),
     "ResNet-20": ("cifar10_resnet",),
+    "WRN-16-4": ("cifar10_wrn:16-4",),
     "CLIP B/32": ("clip:b32",),
     "CLIP g/14": ("clip:g14",),
     "SigLIP": ("clip:b32,sigmoid",),

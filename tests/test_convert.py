@@ -35,6 +35,10 @@ OVERRIDES = [f"--config.model.{field}" for field in FIELDS.split()]
 MODEL = dict(patch=2, width=16, num_layers=1, num_heads=2, mlp_dim=24, num_classes=10)
 
 
+def thin_resnet(**fields):
+    return resnet.ResNet((1,), 4, 10, **fields)
+
+
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -244,6 +248,8 @@ def test_an_older_config_json_is_understood():
         (vit.Vit(**MODEL, stem=1), "model.stem=1 has no counterpart"),
         (vit.Vit(**MODEL, activation="elu"), "model.activation='elu' has no counterpart"),
         (resnet.ResNet(**resnet.cifar(8), num_classes=10), "model.stem='cifar' has no"),
+        (thin_resnet(block="preact"), "model.block='preact' has no counterpart"),
+        (thin_resnet(widening=2), "model.widening=2 has no counterpart"),
     ],
 )
 def test_a_model_that_they_do_not_have_is_refused(module, message):

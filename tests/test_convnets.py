@@ -34,6 +34,12 @@ MODELS = {  # and the side of the smallest images that say something
         functools.partial(ResNet, depths=(2,), width=4, stem="cifar", shortcut="none"),
         8,
     ),
+    "resnet preact": (
+        functools.partial(
+            ResNet, depths=(1, 2), width=4, block="preact", stem="cifar", widening=2, dropout=0.3
+        ),
+        16,
+    ),
     "alexnet": (thin_alexnet, 67),
     "alexnet bn": (functools.partial(thin_alexnet, batch_norm=True), 67),
     "inception": (functools.partial(Inception, width_factor=1 / 16, stem_multiplier=2), 32),
@@ -67,6 +73,9 @@ def parameters(model, side):
         (ResNet(num_classes=1000, **resnet.SIZES["50"]), 224, 25_557_032),
         (ResNet(num_classes=1000, **resnet.SIZES["101"]), 224, 44_549_160),
         (ResNet(num_classes=1000, **resnet.SIZES["152"]), 224, 60_192_808),
+        # As counted everywhere; "36.5M" in Zagoruyko and Komodakis 2016, table 5.
+        (ResNet(num_classes=10, **resnet.wide(28, 10)), 32, 36_479_194),
+        (ResNet(num_classes=10, **resnet.wide(16, 4)), 32, 2_748_890),
         (EfficientNet(1000, **efficientnet.SIZES["b0"]), 224, 5_288_548),
         (EfficientNet(1000, **efficientnet.SIZES["b3"]), 300, 12_233_232),
         (RegNet(num_classes=1000, **regnet.SIZES["y_400mf"]), 224, 4_344_144),
@@ -252,7 +261,9 @@ def test_training_reaches_every_parameter_and_moves_every_statistic(name):
         assert not np.allclose(old, new)
 
 
-@pytest.mark.parametrize("name", ["resnet", "alexnet", "inception plain", "efficientnet", "regnet"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "resnet preact", "alexnet", "inception plain", "efficientnet", "regnet"]
+)
 def test_evaluation_sees_every_example_alone_and_draws_nothing(name):
     model, x = tiny(name)
     variables = values(model, x, train=False)
@@ -284,7 +295,9 @@ def traced(name, *, train=True, **fields):
     return list(equations(program(variables["params"]).jaxpr))
 
 
-@pytest.mark.parametrize("name", ["resnet", "alexnet bn", "inception", "efficientnet", "regnet"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "resnet preact", "alexnet bn", "inception", "efficientnet", "regnet"]
+)
 def test_every_batch_norm_averages_over_the_manual_axis(name):
     model, x = tiny(name)
     norms = len(jax.tree.leaves(boxed(model, x, train=False)["batch_stats"])) // 2
@@ -296,17 +309,17 @@ def test_every_batch_norm_averages_over_the_manual_axis(name):
 
 
 def block(features=8, stride=1, **fields):
-    plain = dict(bottleneck=False, shortcut="projection", norm="batch", zero_gamma=False)
+    plain = dict(block="basic", shortcut="projection", norm="batch", zero_gamma=False, dropout=0.0)
     mode = dict(dtype=jnp.float32, train=False, axis_name=None)
     return ResidualBlock(features, stride, **plain | mode | fields)
 
 
 @pytest.mark.parametrize("norm", resnet.WORDS["norm"])
-@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize("kind", resnet.WORDS["block"])
 @pytest.mark.parametrize("train", [False, True])
-def test_zero_gamma_makes_a_block_the_identity(norm, bottleneck, train):
+def test_zero_gamma_makes_a_block_the_identity(norm, kind, train):
     x = np.maximum(images(2, (6, 6, 8)), 0)  # what a block sees comes out of a relu
-    model = block(norm=norm, bottleneck=bottleneck, train=train, zero_gamma=True)
+    model = block(norm=norm, block=kind, train=train, zero_gamma=True)
     variables = nn.unbox(model.init(jax.random.key(0), x))
     y, _ = applied(model, mutable=True)(variables, x)
     np.testing.assert_array_equal(y, x)
@@ -315,6 +328,69 @@ def test_zero_gamma_makes_a_block_the_identity(norm, bottleneck, train):
     plain = model.clone(zero_gamma=False)
     y, _ = applied(plain, mutable=True)(nn.unbox(plain.init(jax.random.key(0), x)), x)
     assert not np.allclose(y, x, atol=0.1)
+
+
+def convolved(x, kernel, stride):
+    same, dims = [(len(kernel) // 2,) * 2] * 2, ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, same, dimension_numbers=dims)
+    return np.asarray(y)
+
+
+@pytest.mark.parametrize(("stride", "features"), [(1, 4), (1, 8), (2, 4)])
+@pytest.mark.parametrize("shortcut", resnet.WORDS["shortcut"])
+def test_a_preact_block_is_its_formula(stride, features, shortcut):
+    """He et al. 2016b, figure 4(e): x + W1 relu(norm(W0 relu(norm(x)))), and no relu after it."""
+    x = images(2, (6, 6, 4))
+    model = block(features, stride, block="preact", shortcut=shortcut)
+    variables = values(model, x)
+    params, past = variables["params"], variables["batch_stats"]
+
+    def active(x, name):
+        z = (x - past[name]["mean"]) / np.sqrt(past[name]["var"] + 1e-5)
+        return np.maximum(z * params[name]["scale"] + params[name]["bias"], 0)
+
+    first = active(x, "norm_0")
+    inner = active(convolved(first, params["conv_0"]["kernel"], stride), "norm_1")
+    seen = x if (stride, features) == (1, 4) else first
+    if "shortcut" in params:
+        seen = convolved(seen, params["shortcut"]["kernel"], stride)
+    elif shortcut == "pad":
+        extra = (features - 4) // 2
+        seen = np.pad(seen[:, ::stride, ::stride], [(0, 0)] * 3 + [(extra, extra)])
+    expected = convolved(inner, params["conv_1"]["kernel"], 1)
+    expected = expected if shortcut == "none" else expected + seen
+    found = applied(model)(variables, x)
+    assert found.min() < 0
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    projected = shortcut == "projection" and (stride, features) != (1, 4)
+    assert params.keys() == {"conv_0", "conv_1", "norm_0", "norm_1", *["shortcut"] * projected}
+
+
+@pytest.mark.parametrize("kind", resnet.WORDS["block"])
+def test_dropout_comes_before_the_last_convolution(kind):
+    """Zagoruyko and Komodakis 2016, section 2.4: inside the block, and never on its shortcut."""
+    x = np.maximum(images(2, (6, 6, 8)), 0)
+    model = block(block=kind, train=True, dropout=0.5)
+    variables = values(model, x)
+    keys = {"rngs": {"dropout": jax.random.key(0)}, "mutable": True}
+    run = lambda model, given: jit(lambda v: model.apply(v, x, **keys)[0])(given)  # noqa: E731
+    assert not np.allclose(run(model, variables), run(model.clone(dropout=0.0), variables))
+    last = max(name for name in variables["params"] if name.startswith("conv"))
+    silent = {**variables["params"], last: jax.tree.map(np.zeros_like, variables["params"][last])}
+    silent = {**variables, "params": silent}
+    np.testing.assert_array_equal(run(model, silent), run(model.clone(dropout=0.0), silent))
+
+
+def test_a_wide_net_has_its_widths_and_one_norm_at_the_end():
+    """Zagoruyko and Komodakis 2016, table 1: a stem of 16, stages of 16k, 32k and 64k."""
+    model = ResNet(num_classes=10, **resnet.wide(16, 4))
+    params = nn.unbox(parameters(model, 8))
+    assert params["stem"]["kernel"].shape == (3, 3, 3, 16)
+    ends = [params[f"stage_{i}_block_1"]["conv_1"]["kernel"].shape for i in range(3)]
+    assert ends == [(3, 3, d, d) for d in (64, 128, 256)]
+    assert len([name for name in params if name.startswith("stage")]) == 6
+    assert "stem_norm" not in params
+    assert params["final_norm"]["scale"].shape == (256,)
 
 
 @pytest.mark.parametrize(
@@ -351,12 +427,12 @@ def test_projection_subsamples_at_the_even_places():
     np.testing.assert_allclose(y, np.maximum(z, 0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bottleneck", [False, True])
-def test_strided_convolutions_are_centred_where_the_shortcut_looks(bottleneck):
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_strided_convolutions_are_centred_where_the_shortcut_looks(kind):
     """The first place of an image of even size sees rows 0 and 1, not 2, as in the originals."""
-    model, x = block(stride=2, bottleneck=bottleneck), images(1, (8, 8, 4))
+    model, x = block(stride=2, block=kind), images(1, (8, 8, 4))
     variables = values(model, x)
-    if not bottleneck:  # there the second convolution looks around too
+    if kind == "basic":  # there the second convolution looks around too
         kernel = variables["params"]["conv_1"]["kernel"]
         kernel[[0, 2]] = kernel[:, [0, 2]] = 0
     evaluate = applied(model)
@@ -409,6 +485,12 @@ def test_the_last_layer_starts_as_the_recipe_says(std, expected):
 def test_cifar_depths_are_6n_plus_2(depth):
     with pytest.raises(UserError, match="6n \\+ 2"):
         resnet.cifar(depth)
+
+
+@pytest.mark.parametrize("depth", [4, 9, 20, -2])
+def test_wide_depths_are_6n_plus_4(depth):
+    with pytest.raises(UserError, match="6n \\+ 4"):
+        resnet.wide(depth, 4)
 
 
 # --- AlexNet --------------------------------------------------------------------------------------
@@ -631,6 +713,7 @@ def test_the_rate_of_goyal_grows_with_the_batch(load, batch, peak, first, warmup
         ("imagenet_alexnet:16k", "16k,lars"),
         ("imagenet_resnet50:256,8k", "256 and 8k exclude one another"),
         ("cifar10_resnet:56,plain,20", "20 and 56 exclude one another"),
+        ("cifar10_wrn:16-4,28-10", "16-4 and 28-10 exclude one another"),
     ],
 )
 def test_variants_that_do_not_go_together_are_refused(load, config, words):
@@ -643,6 +726,9 @@ def test_variants_that_do_not_go_together_are_refused(load, config, words):
     [
         ("cifar10_resnet:smoke", "norm=btach", "did you mean 'batch'"),
         ("cifar10_resnet:smoke", "depths=(2, 0)", "at least 1"),
+        ("cifar10_wrn:smoke", "block=preacts", "did you mean 'preact'"),
+        ("cifar10_wrn:smoke", "widening=0", "at least 1"),
+        ("cifar10_wrn:smoke", "dropout=1.0", r"within \[0, 1\)"),
         ("cifar10_resnet:smoke", "head_std=-1.0", "not be negative"),
         ("cifar10_resnet:smoke,plain", "zero_gamma=true", "needs a shortcut"),
         ("imagenet_alexnet:smoke", "widths=(8, 8)", "must hold 5 widths"),

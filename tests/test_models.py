@@ -259,7 +259,7 @@ def test_mlp_is_its_formula(activation):
 @pytest.mark.parametrize(("stride", "features"), [(1, 4), (2, 8), (2, 9)])
 def test_residual_shortcut_is_option_a(stride, features):
     """With the branch switched off: subsampled, and padded with zero channels on both sides."""
-    fields = dict(bottleneck=False, shortcut="pad", norm="batch", zero_gamma=False)
+    fields = dict(block="basic", shortcut="pad", norm="batch", zero_gamma=False, dropout=0.0)
     block = ResidualBlock(
         features, stride, **fields, dtype=jnp.float32, train=False, axis_name=None
     )

@@ -180,6 +180,10 @@ MODELS = {  # and inputs
     "mlp": (functools.partial(Mlp, (6, 8, 6, 8, 6), 5, norm="batch", dropout=0.5), images(16)),
     "resnet": (resnet, images(4)),
     "resnet plain": (functools.partial(resnet, shortcut="none", norm="group"), images(4)),
+    "resnet wide": (
+        functools.partial(resnet, block="preact", widening=2, dropout=0.3),
+        images(4),
+    ),
     "alexnet": (alexnet, images(2, (67, 67, 3))),
     "inception": (functools.partial(Inception, 5, width_factor=1 / 16), images(2, (32, 32, 3))),
     "efficientnet": (

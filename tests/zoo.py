@@ -41,6 +41,7 @@ ZOO = {
         *("imagenet_resnet50:smoke", "model.width=8", "model.depths=(1,1)", *CROP),
         "model.zero_gamma=false",
     ),
+    "resnet wide": ("cifar10_wrn:dropout,smoke", "model.width=8", "model.depths=(1,1)"),
     "regnet": (
         *("imagenet_regnet:smoke", "model.depths=(1,1)", "model.widths=(16,32)", *CROP),
         "model.group_width=8",
@@ -48,7 +49,7 @@ ZOO = {
     "efficientnet": ("imagenet_efficientnet:smoke", *CROP),
     "inception": ("imagenet_inception:smoke", *CROP),
 }
-CONVNETS = {"alexnet", "resnet", "regnet", "efficientnet", "inception"}
+CONVNETS = {"alexnet", "resnet", "resnet wide", "regnet", "efficientnet", "inception"}
 # Plain enough that a wrong gradient shows: no clipping, no Adam, a momentum that starts as the
 # gradient, and a rate at which rounding does not grow from step to step.
 SAME = (

@@ -40,6 +40,9 @@ def _shared(model: ResNet | RegNet | EfficientNet, shapes: Shapes) -> Iterator[F
 
 def resnet(model: ResNet, shapes: Shapes) -> Counterpart:
     require(model.stem == "imagenet", "stem", model.stem, ["imagenet"])
+    blocks = ["basic", "bottleneck"]
+    require(model.block in blocks, "block", model.block, blocks)
+    require(model.widening == 1, "widening", model.widening, [1])
     require(model.shortcut == "projection", "shortcut", model.shortcut, ["projection"])
     require(model.norm == "batch", "norm", model.norm, ["batch"])
     bottleneck = model.block == "bottleneck"

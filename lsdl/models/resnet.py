@@ -1,4 +1,4 @@
-"""Residual networks for ImageNet and for CIFAR, with skips and without (He et al. 2016).
+"""Residual networks for ImageNet and for CIFAR, with skips and without (He et al. 2016), or wide.
 
 Shape letters: B batch, H height, W width, D channels, C classes.
 """
@@ -10,11 +10,11 @@ from flax import linen as nn
 
 from lsdl.errors import UserError
 from lsdl.models import remat
-from lsdl.models.layers import Dtype, conv, dense, feature_norm, lecun_normal
+from lsdl.models.layers import Dropout, Dtype, conv, dense, feature_norm, lecun_normal
 
 # What the fields that are words may be.
 WORDS = {
-    "block": ("basic", "bottleneck"),
+    "block": ("basic", "bottleneck", "preact"),
     "stem": ("imagenet", "cifar"),
     "shortcut": ("projection", "pad", "none"),
     "norm": ("batch", "group", "layer"),
@@ -22,7 +22,8 @@ WORDS = {
 
 
 def _imagenet(block: str, *depths: int) -> dict:
-    return dict(depths=depths, width=64, block=block, stem="imagenet", shortcut="projection")
+    same = dict(width=64, widening=1, stem="imagenet", shortcut="projection")
+    return dict(depths=depths, block=block, **same)
 
 
 # Source: He et al. 2016, table 1.
@@ -40,7 +41,17 @@ def cifar(depth: int) -> dict:
     if depth < 8 or (depth - 2) % 6:
         raise UserError(f"depth={depth} must be 6n + 2: 8, 14, 20, 32, 44, 56, 110.")
     depths = ((depth - 2) // 6,) * 3
-    return dict(depths=depths, width=16, block="basic", stem="cifar", shortcut="pad")
+    return dict(depths=depths, width=16, widening=1, block="basic", stem="cifar", shortcut="pad")
+
+
+def wide(depth: int, widening: int) -> dict:
+    """The fields of WRN-`depth`-`widening`, of 6n + 4 layers.
+
+    Source: Zagoruyko and Komodakis 2016, table 1.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise UserError(f"depth={depth} must be 6n + 4: 10, 16, 22, 28, 40.")
+    return cifar(depth - 2) | dict(widening=widening, block="preact", shortcut="projection")
 
 
 class ResidualBlock(nn.Module):
@@ -48,16 +59,20 @@ class ResidualBlock(nn.Module):
 
     Where the shape changes, the shortcut `projection` (option B) is a 1x1 convolution, and `pad`
     (option A) subsamples and adds zero channels; `none` is a plain network's `relu(f(x))`. A
-    bottleneck has its stride in the 3x3 convolution (Goyal et al. 2017, section 5.1).
-    `zero_gamma` starts the last norm's scale at 0, and with it f.
+    bottleneck has its stride in the 3x3 convolution (Goyal et al. 2017, section 5.1). A `preact`
+    block, basic otherwise, has norm and relu before each convolution and none after the sum; its
+    projection sees what the first of them makes (He et al. 2016b, Identity mappings).
+    `zero_gamma` starts the last norm's scale at 0, and with it f. `dropout` is before the last
+    convolution (Zagoruyko and Komodakis 2016, section 2.4).
     """
 
     features: int
     stride: int
-    bottleneck: bool
+    block: str
     shortcut: str
     norm: str
     zero_gamma: bool
+    dropout: float
     dtype: Dtype
     train: bool
     axis_name: str | None
@@ -67,29 +82,38 @@ class ResidualBlock(nn.Module):
         narrow = self.features // 4
         layers = (
             ((1, narrow, 1), (3, narrow, self.stride), (1, self.features, 1))
-            if self.bottleneck
+            if self.block == "bottleneck"
             else ((3, self.features, self.stride), (3, self.features, 1))
         )
-        y_BHWD = x_BHWD
+        y_BHWD, preact = x_BHWD, self.block == "preact"
         for i, (size, features, stride) in enumerate(layers):
             last = i == len(layers) - 1
             start = nn.initializers.zeros if last and self.zero_gamma else nn.initializers.ones
+            norm = functools.partial(self._normalise, name=f"norm_{i}", scale_init=start)
+            if preact:
+                y_BHWD = nn.relu(norm(y_BHWD))
+                x_BHWD = y_BHWD if not i and self._reshapes(x_BHWD) else x_BHWD
+            y_BHWD = Dropout(self.dropout, self.train)(y_BHWD) if last else y_BHWD
             y_BHWD = self._convolve(y_BHWD, features, size, stride, f"conv_{i}")
-            y_BHWD = self._normalise(y_BHWD, f"norm_{i}", scale_init=start)
-            y_BHWD = y_BHWD if last else nn.relu(y_BHWD)
+            if not preact:
+                y_BHWD = norm(y_BHWD) if last else nn.relu(norm(y_BHWD))
         if self.shortcut != "none":
             y_BHWD = self._skip(x_BHWD) + y_BHWD
-        return nn.with_logical_constraint(nn.relu(y_BHWD), ("conv_batch", None, None, None))
+        y_BHWD = y_BHWD if preact else nn.relu(y_BHWD)
+        return nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None))
+
+    def _reshapes(self, x_BHWD):
+        return self.stride > 1 or self.features != x_BHWD.shape[-1]
 
     def _skip(self, x_BHWD):
-        extra = self.features - x_BHWD.shape[-1]
-        if self.stride == 1 and not extra:
+        if not self._reshapes(x_BHWD):
             return x_BHWD
         if self.shortcut == "pad":
+            extra = self.features - x_BHWD.shape[-1]
             x_BHWD = x_BHWD[:, :: self.stride, :: self.stride]
             return jnp.pad(x_BHWD, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
         x_BHWD = self._convolve(x_BHWD, self.features, 1, self.stride, "shortcut")
-        return self._normalise(x_BHWD, "shortcut_norm")
+        return x_BHWD if self.block == "preact" else self._normalise(x_BHWD, "shortcut_norm")
 
     def _convolve(self, x_BHWD, features, size, stride, name):
         same = dict(padding=size // 2, bias=False, dtype=self.dtype, name=name)
@@ -103,11 +127,13 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """`image (B, H, W, channels) -> logits (B, num_classes)`, float32.
 
-    One stage of blocks for each of `depths`, the first of `width` channels (4 `width` where the
-    blocks are bottlenecks), each later one of twice as many at half the resolution. `SIZES` and
-    `cifar` hold the published sizes. `head_std` is that of the last layer's initial weights, 0 for
-    LeCun's. `num_classes=0` returns the pooled features. `axis_name` is filled by the partitioner:
-    the manual mesh axes that split the batch.
+    A stem of `width` channels, then one stage of blocks for each of `depths`, the first of
+    `widening` times as many channels (4 times that where the blocks are bottlenecks), each later
+    one of twice as many at half the resolution. With `preact` blocks the norm and relu behind the
+    stem are behind the last block instead. `SIZES`, `cifar` and `wide` hold the published sizes.
+    `head_std` is that of the last layer's initial weights, 0 for LeCun's. `num_classes=0` returns
+    the pooled features. `axis_name` is filled by the partitioner: the manual mesh axes that split
+    the batch.
     """
 
     depths: tuple[int, ...]
@@ -119,6 +145,8 @@ class ResNet(nn.Module):
     norm: str = "batch"
     zero_gamma: bool = False
     head_std: float = 0.0
+    widening: int = 1
+    dropout: float = 0.0
     dtype: Dtype = jnp.float32
     remat: str = "none"
     axis_name: str | None = None
@@ -126,16 +154,17 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
         x_BHWD = self._stem(image_BHWC.astype(self.dtype), train)
-        bottleneck = self.block == "bottleneck"
+        width = self.width * self.widening * (4 if self.block == "bottleneck" else 1)
         blocks = [
             functools.partial(
                 ResidualBlock,
-                self.width * 2**stage * (4 if bottleneck else 1),
+                width * 2**stage,
                 2 if stage and not i else 1,
-                bottleneck,
+                self.block,
                 self.shortcut,
                 self.norm,
                 self.zero_gamma,
+                self.dropout,
                 self.dtype,
                 train,
                 self.axis_name,
@@ -145,6 +174,8 @@ class ResNet(nn.Module):
             for i in range(depth)
         ]
         x_BHWD = remat.chain(self, blocks, x_BHWD, policy=self.remat)
+        if self.block == "preact":
+            x_BHWD = self._activate(x_BHWD, train, "final_norm")
         x_BD = x_BHWD.mean((1, 2))
         if not self.num_classes:
             return x_BD.astype(jnp.float32)
@@ -157,8 +188,12 @@ class ResNet(nn.Module):
         size, stride = {"imagenet": (7, 2), "cifar": (3, 1)}[self.stem]
         same = dict(padding=size // 2, bias=False, dtype=self.dtype, name="stem")
         x_BHWD = conv(self.width, size, stride=stride, **same)(x_BHWD)
-        mode = dict(train=train, axis_name=self.axis_name, dtype=self.dtype)
-        x_BHWD = nn.relu(feature_norm(self.norm, self.width, **mode, name="stem_norm")(x_BHWD))
+        if self.block != "preact":
+            x_BHWD = self._activate(x_BHWD, train, "stem_norm")
         if self.stem == "cifar":
             return x_BHWD
         return nn.max_pool(x_BHWD, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    def _activate(self, x_BHWD, train, name):
+        mode = dict(train=train, axis_name=self.axis_name, dtype=self.dtype)
+        return nn.relu(feature_norm(self.norm, x_BHWD.shape[-1], **mode, name=name)(x_BHWD))

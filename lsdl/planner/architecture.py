@@ -202,14 +202,15 @@ def clip(module: Clip, image: Sequence[int], length: int, *, batch: int, form: s
 def resnet(module: ResNet, image: Sequence[int]) -> Costs:
     """A classifier of images of (height, width, channels)."""
     height, wide, channels = image
-    bottleneck = module.block == "bottleneck"
+    bottleneck, preact = module.block == "bottleneck", module.block == "preact"
+    last = "" if preact else "full"  # what is only added, no backward pass needs
     parameters, products = 0, []
 
-    def convolve(what, size, inputs, outputs, stride, **fields) -> None:
+    def convolve(what, size, inputs, outputs, stride, *, norm=True, **fields) -> None:
         nonlocal height, wide, parameters
         height, wide = -(-height // stride), -(-wide // stride)
         kernel = size**2 * inputs * outputs
-        parameters += kernel + 2 * outputs  # and its norm
+        parameters += kernel + 2 * outputs * norm  # its own, or before the next convolution
         products.append(Product(what, 2 * height * wide * kernel, **fields))
 
     imagenet = module.stem == "imagenet"
@@ -222,7 +223,7 @@ def resnet(module: ResNet, image: Sequence[int]) -> Costs:
         height, wide = -(-height // 2), -(-wide // 2)
     width = module.width
     for stage, depth in enumerate(module.depths):
-        features = module.width * 2**stage * (4 if bottleneck else 1)
+        features = module.width * module.widening * 2**stage * (4 if bottleneck else 1)
         for i in range(depth):
             stride = 2 if stage and not i else 1
             before = height, wide
@@ -232,10 +233,10 @@ def resnet(module: ResNet, image: Sequence[int]) -> Costs:
                 convolve("blocks", 1, features // 4, features, 1, again="full")
             else:
                 convolve("blocks", 3, width, features, stride, again="full")
-                convolve("blocks", 3, features, features, 1, again="full")
+                convolve("blocks", 3, features, features, 1, again=last)
             if module.shortcut == "projection" and (stride > 1 or width != features):
                 height, wide = before
-                convolve("shortcuts", 1, width, features, stride, again="full")
+                convolve("shortcuts", 1, width, features, stride, norm=not preact, again=last)
             width = features
     parameters += (width + 1) * module.num_classes
     products.append(Product("head", 2 * width * module.num_classes))
