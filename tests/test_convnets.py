@@ -707,6 +707,14 @@ def test_the_rate_of_goyal_grows_with_the_batch(load, batch, peak, first, warmup
     assert load(f"imagenet_resnet50:{batch}").optim.schedule.warmup_epochs == warmup
 
 
+def test_the_rate_of_a_wide_net_falls_at_epochs_60_120_and_160(load):
+    """Zagoruyko and Komodakis 2016, section 3: from 0.1, by 0.2."""
+    built = experiment.build(load("cifar10_wrn", "mesh=data=1"), devices=1)
+    rates = [float(built.schedule(round(e * built.total_steps / 200))) for e in (0, 61, 121, 161)]
+    assert rates == pytest.approx([0.1, 0.02, 0.004, 0.0008])
+    assert float(built.schedule(round(59 * built.total_steps / 200))) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -757,4 +765,7 @@ def test_configs_have_the_published_models(load):
         model = load(f"cifar10_resnet:{depth}" + ",plain" * plain).model
         assert model.depths == ((depth - 2) // 6,) * 3
         assert model.shortcut == ("none" if plain else "pad")
+    preact = load("cifar10_resnet:preact18").model
+    assert (preact.depths, preact.width, preact.block) == ((2, 2, 2, 2), 64, "preact")
+    assert (preact.stem, preact.shortcut) == ("cifar", "projection")
     assert inception.MODULES["5b"] == (384, 192, 384, 48, 128, 128)
