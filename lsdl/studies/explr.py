@@ -77,15 +77,15 @@ def cells(scale: str, seeds: int) -> list[Cell]:
     if scale == "full":
         # Not frozen here, unlike in the paper: gains and biases, which do heed their scale.
         file = "configs/cifar10_resnet.py:32"
-        mask = ((r".*/(bias|scale)", False), (r".*", True))
+        same = {"optim.decay_mask": ((r".*/(bias|scale)", False), (r".*", True))}
+        same["model.block"] = "preact"
         decay = {"optim.weight_decay": 5e-4, "optim.schedule.name": "constant"}
         growth = {"optim.weight_decay": 0.0, "optim.schedule.name": "exp_growth"}
         growth["optim.schedule.growth_decay"] = 5e-4
         arms = {"decay": decay, "growing": growth}
         published = "the same curves; rate 0.1 x 1.481^epoch (Li and Arora 2020, figure 1)"
         return [
-            Cell(arm, {"arm": arm}, file, fields | {"optim.decay_mask": mask}, published)
-            for arm, fields in arms.items()
+            Cell(arm, {"arm": arm}, file, fields | same, published) for arm, fields in arms.items()
         ]
     starts = ("unit", "he")
     return [

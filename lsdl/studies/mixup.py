@@ -73,8 +73,8 @@ ALPHA = {"plain": 0.0, "shift": 0.0, "unshifted": 0.0, "mixup1": 1.0, "mixup8": 
 DRAWS = 1_000
 # Zhang et al. 2018, section 3.2 and Foret et al. 2021, table 4 (ResNet-32, 40% label noise).
 PUBLISHED = {
-    "clean-plain": "5.6% test error (PreAct ResNet-18)",
-    "clean-mixup": "4.2% test error (PreAct ResNet-18)",
+    "clean-plain": "5.6% test error",
+    "clean-mixup": "4.2% test error",
     "noise-plain": "68.8% test accuracy",
     "noise-mixup": "90.0% test accuracy",
 }
@@ -86,8 +86,8 @@ def cells(scale: str, seeds: int) -> list[Cell]:
         return [
             Cell(
                 f"cifar10-{id}",
-                {"their_model": "PreAct ResNet-18" if "clean" in id else "ResNet-32"},
-                "configs/cifar10_resnet.py:32",
+                {"model": "PreAct ResNet-18" if "clean" in id else "ResNet-32"},
+                f"configs/cifar10_resnet.py:{'preact18' if 'clean' in id else 32}",
                 {
                     "loss.mixup": 1.0 * ("mixup" in id),
                     "data.label_noise": sam.NOISE * ("noise" in id),

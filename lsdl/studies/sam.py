@@ -74,8 +74,8 @@ NOISE = 0.4
 RHOS = (0.0, 0.1, 0.5)  # 0: plain SGD
 # Foret et al. 2021, tables 1 and 4: test error, and test accuracy with 40% label noise.
 PUBLISHED = {
-    ("clean", 0.0): "3.5 +- 0.1 % error (WRN-28-10)",
-    ("clean", 0.05): "2.7 +- 0.1 % error (WRN-28-10)",
+    ("clean", 0.0): "3.5 +- 0.1 % error",
+    ("clean", 0.05): "2.7 +- 0.1 % error",
     ("noise", 0.0): "68.8 % accuracy",
     ("noise", 0.1): "93.4 % accuracy",
 }
@@ -87,8 +87,8 @@ def cells(scale: str, seeds: int) -> list[Cell]:
         return [
             Cell(
                 f"cifar10-{labels}-rho{rho:g}",
-                {"their_model": "WRN-28-10" if labels == "clean" else "ResNet-32"},
-                f"configs/cifar10_resnet.py:{110 if labels == 'clean' else 32}",
+                {"model": "WRN-28-10" if labels == "clean" else "ResNet-32"},
+                f"configs/cifar10_{'wrn.py:28-10' if labels == 'clean' else 'resnet.py:32'}",
                 {"optim.sam_rho": rho, "data.label_noise": NOISE * (labels == "noise")},
                 published,
             )
