@@ -102,6 +102,7 @@ EXPECTED = {
 COUNT, CLASSES, NOISE = 300, 10, 0.2
 FEATURES = (20, 50, 100, 150, 200, 250, 280, 300, 320, 360, 500, 1_000, 2_000, 4_000, 8_000)
 WIDTHS = (2, 4, 8, 12, 20, 32, 40, 56, 80, 128, 512)
+FULL_WIDTHS = (1, 2, 4, 8, 12, 16, 32, 64)  # of Nakkiran's pre-activation ResNet-18
 RATE, STEPS, EVERY = 3e-3, 3_000, 50
 EPOCH_SCALES = (1.0, 0.02)  # standard deviations of the fast and of the slow features
 EPOCH_DIMS = (110, 4)  # how many
@@ -115,9 +116,18 @@ def cells(scale: str, seeds: int) -> list[Cell]:
     if scale == "full":
         found = "risk peaks at N = n and falls below the classical minimum (Belkin et al. 2019)"
         noisy = "test error peaks where the width just fits (Nakkiran et al. 2020)"
-        return [
-            Cell("mnist_features", {"examples": 10_000}, published=found),
-            Cell("cifar10_width", {"label_noise": 0.15}, published=noisy),
+        net = "configs/cifar10_resnet.py:preact18"
+        same = {
+            "data.label_noise": 0.15,
+            "optim.name": "adam",
+            "optim.weight_decay": 0.0,
+            "optim.schedule.name": "constant",
+            "optim.schedule.peak": 1e-4,
+            "total_epochs": 4_000.0,
+        }
+        return [Cell("mnist_features", {"examples": 10_000}, published=found)] + [
+            Cell(f"cifar10_width_{k}", {}, net, {"model.width": k} | same, noisy)
+            for k in FULL_WIDTHS
         ]
     net = {"model": "net", "pixels": "0 to 1", "seeds": seeds}
     nets = [Cell(f"net-{h}", {**net, "size": h}) for h in WIDTHS]
