@@ -100,7 +100,6 @@ def test_results_are_of_all_studies(capsys):
     assert "--results=x.md is of all studies" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="docs/results.md is not generated yet")
 def test_the_results_are_of_the_committed_bounds():
     """What was measured was judged by what had been written down beforehand."""
     told = rows(RESULTS.read_text())
