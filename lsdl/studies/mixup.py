@@ -11,7 +11,7 @@ Shape letters: N examples, D pixels, V versions of the images, C classes, K draw
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,14 +117,14 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     return sam.run(image_VND, label_SN, valid=valid, alpha=ALPHA[arm])[1]
 
 
-class Move(NamedTuple):
-    """Takes the place of the transform's random numbers."""
+class Drawn:
+    """Takes the place of a transform's random numbers: gives what it was given, in turn."""
 
-    down: int
-    right: int
+    def __init__(self, *numbers: int):
+        self._numbers = iter(numbers)
 
-    def integers(self, *bounds: int, size: int) -> tuple[int, int]:
-        return self.down, self.right
+    def integers(self, high: int) -> int:
+        return next(self._numbers)
 
 
 def shifted() -> tuple[np.ndarray, digits.Split]:
@@ -147,7 +147,7 @@ def moved(raw_ND: np.ndarray) -> np.ndarray:
     image_HWN = raw_ND.reshape(-1, 8, 8).transpose(1, 2, 0).astype(np.uint8)
     moves = sorted(itertools.product(range(3), repeat=2), key=lambda move: move != (1, 1))
     shift = transforms.shift(1)  # a batch in place of the channels: all move alike
-    found = [shift({"image": image_HWN}, Move(*move))["image"] for move in moves]
+    found = [shift({"image": image_HWN}, Drawn(*move))["image"] for move in moves]
     return np.stack([x.transpose(2, 0, 1).reshape(len(raw_ND), -1) for x in found])
 
 
