@@ -120,9 +120,8 @@ def _verified(folder: Path) -> int:
         if not whole or told != _digest(entry):  # without a digest: killed before it was there
             damaged += told is not None
             _remove(entry)
-    for digest in folder.glob(
-        f"*{ENTRY}{DIGEST}"
-    ):  # of an entry that comes again it would be wrong
+    # A digest without its entry would be wrong for the next entry of that name.
+    for digest in folder.glob(f"*{ENTRY}{DIGEST}"):
         if not digest.with_name(digest.name.removesuffix(DIGEST)).exists():
             digest.unlink(missing_ok=True)
     return damaged

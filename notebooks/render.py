@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
@@ -26,6 +27,7 @@ from lsdl import page
 HERE = Path(__file__).resolve().parent
 PAGES = HERE.parent / "build" / "notebooks"
 LIMIT_S = 600  # of one cell
+WORDS = 4000  # letters shown of what a kernel wrote before it died
 # What of an output is shown, the first that it has: nothing that takes a script.
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
 CSS = """
@@ -42,12 +44,17 @@ FETCHED = {"src", "srcset", "data", "poster", "background", "xlink:href"}
 
 
 def executed(file: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs, run in a fresh kernel whose working folder is its own."""
+    """The notebook with its outputs, run in a fresh kernel whose working folder is its own.
+
+    Raises CellExecutionError if a cell raises, and RuntimeError, with what the kernel wrote of its
+    own, if the kernel does not start, dies or takes longer than LIMIT_S for a cell.
+    """
     notebook = nbformat.read(file, as_version=4)
     # The first cell chooses the devices by itself, as it has to for a reader.
     own = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
     env = {name: value for name, value in os.environ.items() if name not in own}
-    with tempfile.TemporaryDirectory() as folder:
+    # The kernel's own words, such as of a socket that closed before it ended, are no outputs.
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as own_words:
         # The kernel's sockets are files of this folder's, as no other user may open them; and so
         # are IPython's, as the user's own start-up files do not belong into a page.
         sockets = {"transport": "ipc", "ip": f"{folder}/kernel"}
@@ -59,7 +66,14 @@ def executed(file: Path) -> nbformat.NotebookNode:
             coalesce_streams=True,  # what was printed in pieces is one text
             config=Config(KernelManager=sockets),
         )
-        client.execute(env=env | {"IPYTHONDIR": folder})
+        try:
+            client.execute(env=env | {"IPYTHONDIR": folder}, stderr=own_words)
+        except CellExecutionError:
+            raise
+        except Exception as error:
+            own_words.seek(0)
+            words = own_words.read().decode(errors="replace")
+            raise RuntimeError(f"{type(error).__name__}: {error}\n{words[-WORDS:]}") from error
     return notebook
 
 

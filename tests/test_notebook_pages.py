@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
+from nbformat import v4
 
 from lsdl import plots
 from tests import browser
@@ -27,8 +29,6 @@ def render():
 
 def notebook(*cells):
     """Of (source, output) pairs, None in place of an output for text; an output is its data."""
-    from nbformat import v4
-
     made = [v4.new_markdown_cell("# Noise & size\n\nWhat it is.")]
     for source, data in cells:
         if data is None:
@@ -104,30 +104,33 @@ def test_a_notebook_that_fails_is_named_and_the_others_have_pages(tmp_path):
         "a": "import os\nsorted({'JAX_PLATFORMS', 'JAX_NUM_CPU_DEVICES'} & set(os.environ))",
         "b": "assert 1 == 2, 'one is not two'",
         "c": "print('first', flush=True)\nprint('and', 'last')\nopen('c.ipynb').read(1)",
+        # What a kernel writes of its own while it ends is nobody's matter.
+        "d": "import atexit, sys\natexit.register(sys.__stderr__.write, 'a closed socket')",
     }
     for name, source in sources.items():
-        cell = {"cell_type": "code", "id": "0", "metadata": {}, "source": source}
-        cells = [
-            {"cell_type": "markdown", "id": "t", "metadata": {}, "source": f"# {name}"},
-            cell | {"execution_count": None, "outputs": []},
-        ]
-        (tmp_path / f"{name}.ipynb").write_text(
-            json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
-        )
+        nbformat.write(notebook((source, {})), tmp_path / f"{name}.ipynb")
     done = write(pages, source=tmp_path)
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
     assert [line for line in done.stdout.splitlines() if line.startswith("[")] == [
-        f"[{i + 1}/3] {name} ..." for i, name in enumerate(sources)
+        f"[{i + 1}/4] {name} ..." for i, name in enumerate(sources)
     ]
     assert "one is not two" in done.stdout
     assert done.stdout.splitlines()[-1] == "Without a page, for what stands above: b."
-    assert sorted(file.name for file in pages.iterdir()) == ["a.html", "c.html"]
+    assert sorted(file.name for file in pages.iterdir()) == ["a.html", "c.html", "d.html"]
     # The first cell chooses the devices, and the notebook's folder is the working one.
     assert "[]" in (pages / "a.html").read_text()
     assert "first\nand last" in (pages / "c.html").read_text()
-    done = write(pages, "d", source=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "No notebook is named d: choose from a, b, c.\n")
+    done = write(pages, "e", source=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == "No notebook is named e: choose from a, b, c, d.\n"
+
+
+def test_what_a_kernel_wrote_before_it_died_is_shown(render, tmp_path):
+    source = "import os, sys\nprint('the last words', file=sys.__stderr__, flush=True)\nos._exit(3)"
+    nbformat.write(notebook((source, {})), tmp_path / "n.ipynb")
+    with pytest.raises(RuntimeError, match=r"^DeadKernelError: [^\n]*\n(.*\n)*the last words"):
+        render.executed(tmp_path / "n.ipynb")
 
 
 @pytest.mark.slow
