@@ -92,7 +92,8 @@ class Watchdog:
                 self._ended = self._sent.popleft()[0]
                 ended += 1
             if ended and not self._phases:
-                self._durations_s.append((now - self._since) / ended)
+                # Each of them counts: one look may see many, and the first step is slow.
+                self._durations_s.extend([(now - self._since) / ended] * min(ended, KEPT))
                 self._since = now
             name = self._phases[-1] if self._phases else STEP
             if name == STEP and self._ended is None:

@@ -92,6 +92,17 @@ def test_a_slow_model_has_twenty_of_its_steps(watch, clock):
     assert "more than 200 s" in pass_time(watch, clock, 4)[0]
 
 
+def test_steps_that_end_between_two_looks_count_each(watch, clock):
+    watch.sent(1, Result(clock, 10))  # a slow first step, as it is
+    assert pass_time(watch, clock, 10) == []
+    for step in range(2, 10):
+        watch.sent(step, Result(clock, clock.now_s + 0.5))
+    pass_time(watch, clock, 1)
+    watch.sent(10, Result(clock, np.inf))
+    assert pass_time(watch, clock, 59) == []
+    assert "more than 60 s" in pass_time(watch, clock, 4)[0]
+
+
 def test_a_host_that_sends_no_step_is_seen_too(watch, clock):
     watch.sent(1, Result(clock, 0))
     pass_time(watch, clock, 1)
