@@ -110,7 +110,7 @@ class Watchdog:
     def _limit_s(self, name: str) -> float:
         if name != STEP:
             return TIMES[name] * self._step_s
-        typical = statistics.median(self._durations_s) if self._durations_s else 0.0
+        typical = statistics.median_low(self._durations_s) if self._durations_s else 0.0
         return max(self._step_s, MEDIANS * typical)
 
     def _run(self) -> None:

@@ -103,6 +103,15 @@ def test_steps_that_end_between_two_looks_count_each(watch, clock):
     assert "more than 60 s" in pass_time(watch, clock, 4)[0]
 
 
+def test_the_slow_first_step_and_one_more_are_no_mean(watch, clock):
+    for step, seconds in enumerate((40, 1), start=1):
+        watch.sent(step, Result(clock, clock.now_s + seconds))
+        assert pass_time(watch, clock, seconds) == []
+    watch.sent(3, Result(clock, np.inf))
+    assert pass_time(watch, clock, 59) == []
+    assert "more than 60 s" in pass_time(watch, clock, 4)[0]
+
+
 def test_a_host_that_sends_no_step_is_seen_too(watch, clock):
     watch.sent(1, Result(clock, 0))
     pass_time(watch, clock, 1)
