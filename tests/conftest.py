@@ -1,6 +1,7 @@
 """Every test sees 8 virtual CPU devices, its own run folders, and the project's data and caches."""
 
 import importlib.metadata
+import json
 import os
 import zlib
 from pathlib import Path
@@ -38,15 +39,23 @@ def pytest_collection_modifyitems(config, items):
         gone = slow - {item.nodeid for item in items}
         if gone:
             raise pytest.UsageError(f"tests/slow.txt names no test: {sorted(gone)}")
-    part, parts = map(int, config.getoption("--shard").split("/"))
     # Of the long fault tests every part has as many, to one.
-    long = (item.nodeid for item in items if item.get_closest_marker("faults"))
-    place = {nodeid: i for i, nodeid in enumerate(long)}
-    share = lambda nodeid: place.get(nodeid, zlib.crc32(nodeid.encode())) % parts  # noqa: E731
-    kept = [item for item in items if share(item.nodeid) == part - 1]
+    long = [item.nodeid for item in items if item.get_closest_marker("faults")]
+    kept = of_shard(config.getoption("--shard"), [item.nodeid for item in items], long)
     if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
-        items[:] = kept
+        config.hook.pytest_deselected(items=[i for i in items if i.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
+
+
+def of_shard(shard, names, long):
+    """Those of `names` in the shard `k/n`; `rest`: the `long` ones that no part has run."""
+    if shard == "rest":
+        parts = json.loads((ROOT / "tests" / "faults" / "results.json").read_text())
+        return set(long) - {name for k in parts.keys() - {"rest"} for name in parts[k]["ran"]}
+    part, parts = map(int, shard.split("/"))
+    place = {name: i for i, name in enumerate(long)}
+    share = {name: place.get(name, zlib.crc32(name.encode())) % parts for name in names}
+    return {name for name in names if share[name] == part - 1}
 
 
 @pytest.fixture

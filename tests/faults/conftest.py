@@ -51,6 +51,8 @@ class Recorder:
     def pytest_sessionfinish(self, session, exitstatus):
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # a part may be empty
             session.exitstatus = pytest.ExitCode.OK
+        elif exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return  # what did not come to its end counts for nothing
         commit = subprocess.run(
             ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
         )
@@ -66,6 +68,7 @@ class Recorder:
             "tests": self._ended,
             "longest": longest and [longest, round(self._seconds[longest], 1)],
             "failures": self._failures,
+            "ran": sorted(self._seconds),
             "counts": self._counts,
         }
         PARTS.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def test_ten_thousand_healthy_steps_are_no_spikes(record_property):
 @pytest.mark.threat(18)
 def test_a_hundred_thousand_healthy_steps_have_hardly_a_spike(record_property):
     """Noise with so heavy a tail has one in some 100,000."""
-    wrong = [np.count_nonzero(~judged(*healthy(seed))) for seed in range(1, 11)]
+    wrong = [int(np.count_nonzero(~judged(*healthy(seed)))) for seed in range(1, 11)]
     record_property("healthy_steps", 100_000)
     record_property("false_skips", sum(wrong))
     assert sum(wrong) <= 2
