@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lsdl import errors
-from tests.conftest import ROOT
+from tests.conftest import ROOT, of_shard
 from tests.faults import conftest, coverage, merge
 
 ROWS, MARKS = coverage.threats(), coverage.marked()
@@ -85,6 +85,18 @@ def test_results_tell_counts_failures_and_what_was_not_run():
     assert "Failed: `tests/faults/test_x.py::test_y`." in table
     assert "on 2 cores, Python 3.11.7, jax 0.10.2." in table
     assert merge.results_table({}).count("not yet run") == 12
+
+
+def test_the_rest_is_what_no_part_has_run_and_adds_up():
+    names = ["tests/a.py::a", "tests/a.py::b"]
+    assert of_shard("rest", names, ["tests/a.py::b"]) == {"tests/a.py::b"}
+    done = next(iter(merge.stored()["1/12"]["ran"]))
+    assert of_shard("rest", [done], [done]) == set()
+    first, second = ({**PARTS[k], "part": "rest", "ran": [k]} for k in ("1/12", "3/12"))
+    both = merge.joined(first, second)
+    assert both["counts"] == {"kills": 1007, "max_lost_steps": 3}
+    assert (both["tests"]["passed"], both["seconds"], both["ran"]) == (6, 180, ["1/12", "3/12"])
+    assert "| rest | " in merge.results_table({"rest": both})
 
 
 def test_counts_add_up_and_maxima_do_not():
