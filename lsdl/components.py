@@ -20,7 +20,7 @@ from lsdl.data.dataset import SPLITS, Dataset
 from lsdl.errors import UserError, nearest
 from lsdl.models import attention, remat
 from lsdl.rundir import RunDir
-from lsdl.sharding import partition, pipeline, sequence
+from lsdl.sharding import partition, pipeline, sequence, splash
 
 # The name table: a model's name, its file in lsdl/models/ and its class there.
 MODELS = {
@@ -205,7 +205,12 @@ def _make_attention(config: ConfigDict, mesh: Mesh | AbstractMesh | None, dtype:
     form = choice("sequence_attention", config.sequence_attention, sequence.FORMS)
     if _splits_length(mesh):
         return sequence.make_attention(mesh, form)
-    return attention.kernel(mesh.devices.flat[0], dtype) if isinstance(mesh, Mesh) else None
+    if not isinstance(mesh, Mesh):
+        return None
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu" and attention.has_kernel("tpu", device.device_kind, dtype):
+        return splash.make_attention(mesh, attention.attend)
+    return attention.kernel(device, dtype)
 
 
 def checkpoints_of(run: str) -> Path | None:

@@ -53,7 +53,8 @@ LEVELS = [
         *("optim.schedules", "optim.conditions", "optim.groups", "optim.links", "optim.wrappers"),
         *("optim.solvers", "optim.chain"),
         *("sharding.mesh", "sharding.rules", "sharding.placement", "sharding.inspect"),
-        *("sharding.sequence", "sharding.pipeline", "sharding.manual", "sharding.partition"),
+        *("sharding.sequence", "sharding.splash", "sharding.pipeline"),
+        *("sharding.manual", "sharding.partition"),
         *(
             "measures",
             "guard",

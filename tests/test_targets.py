@@ -40,10 +40,10 @@ def test_gpt3_fits_a_pod_slice_and_asking_takes_little_memory():
     assert found["argument_bytes"] == pytest.approx(12 * 174.6e9 / 256, rel=0.01)
     assert found["aliased_bytes"] == pytest.approx(found["argument_bytes"], rel=0.01)
     assert 20 * GIB < found["temporary_bytes"] < 80 * GIB
-    # Scores of attention, and what each of 96 layers gets: 6 sequences of 2048 x 12,288.
+    # What each of 96 layers gets: 6 sequences of 2048 x 12,288. No scores of attention.
     named = [(tuple(tensor["shape"]), tensor["dtype"]) for tensor in found["largest"]]
     assert named[0] == ((96, 6, 2048, 12_288), "bf16")
-    assert ((6, 24, 2048, 2048), "f32") in named
+    assert all(shape[-2:] != (2048, 2048) for shape, _ in named)
     assert row(answer, "all-reduce", "tensor")["ratio"] < 1.05
     assert row(answer, "reduce-scatter", "fsdp")["count"] > 96
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 6 * GIB

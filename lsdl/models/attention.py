@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+TPUS_WITHOUT = ("TPU v2", "TPU v3")  # whose matrix unit takes no bfloat16 as a kernel gives it
 KERNEL_HEAD_DIM = 128  # the largest that cuDNN's kernel takes on every GPU since Ampere
 
 
@@ -56,11 +57,19 @@ def cudnn(query_BLHK, key_BLGK, value_BLGK, *, causal: bool, segment_BL=None) ->
 
 
 def kernel(device: jax.Device, dtype: jnp.dtype) -> Callable | None:
-    """The form of `attend` to use on `device` for activations of `dtype`; None: the plain one."""
+    """The form of `attend` to use on `device` for activations of `dtype`; None: the plain one.
+
+    Not a TPU's, which has to know the mesh (lsdl/sharding/splash.py).
+    """
     capability = float(getattr(device, "compute_capability", 0))  # which NVIDIA's alone have
-    return cudnn if device.platform == "gpu" and has_kernel(capability, dtype) else None
+    return cudnn if device.platform == "gpu" and has_kernel("gpu", "", dtype, capability) else None
 
 
-def has_kernel(compute_capability: float, dtype: jnp.dtype) -> bool:
-    """Whether an NVIDIA GPU of this compute capability has one for activations of `dtype`."""
+def has_kernel(kind: str, name: str, dtype: jnp.dtype, compute_capability: float = 0.0) -> bool:
+    """Whether a device has one for activations of `dtype`.
+
+    `kind`: tpu, gpu or cpu. `name`: jax's for a TPU. An NVIDIA GPU has a compute capability.
+    """
+    if kind == "tpu":
+        return name not in TPUS_WITHOUT and dtype == jnp.bfloat16
     return compute_capability >= 8.0 and dtype in KERNEL_DTYPES

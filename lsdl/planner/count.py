@@ -4,7 +4,7 @@ Two for each multiply-add of a matrix product or a convolution; all else (elemen
 softmax, the optimiser) is left out, as in the published tables. A loop's body counts once for each
 trip, the larger branch of a condition counts, and what rematerialisation computes again counts
 again, below the scope `REMATTED`. Masks save nothing: causal attention counts in full. What an
-attention kernel computes again inside itself does not count.
+attention kernel computes again inside itself does not count; what it fills lengths up with does.
 A convolution's taps on padding count, as they do in published tables; those on the zeros with which
 a stride spreads the gradient of its output do not.
 """
@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
@@ -22,6 +23,7 @@ REMATTED = "rematted_computation"  # jax's name for the second computation of a 
 OPAQUE = ("pallas_call", "ffi_call", "ragged_dot", "dot_product_attention")
 # cuDNN's kernels, and how many products of all pairs of queries and keys each stands for.
 ATTENTION = {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 4}
+SPLASH = {"fwd": 2, "dkv": 3, "dq": 1}  # and jax's for TPUs, by the third words of their names
 OUTSIDE = ("(task)",)  # what the task computes around the model: inputs and loss
 
 Path = tuple[str, ...]
@@ -49,6 +51,8 @@ def _inside(eqn: JaxprEqn) -> Counter[Path]:
         return Counter({(): _convolution(eqn)})
     if products := ATTENTION.get(name.removesuffix("_wrapper")):
         return Counter({(): products * _pairs(eqn)})
+    if name == "pallas_call" and (params["name"] or "").startswith("splash_"):
+        return Counter({(): _splash(eqn)})
     bodies = [count(body) for body in jaxprs_in_params(params)]
     if name == "cond":
         return max(bodies, key=Counter.total)
@@ -85,6 +89,13 @@ def _pairs(eqn: JaxprEqn) -> int:
     """Of one product of queries (B, L, H, K) with keys (B, M, G, K)."""
     query, key = (var.aval.shape for var in eqn.invars[:2])
     return 2 * math.prod(query) * key[1]
+
+
+def _splash(eqn: JaxprEqn) -> int:
+    """Of the products of queries (..., H, L, K) and keys (..., G, M, K), which masks precede."""
+    query, key, *_ = (v.aval for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating))
+    products = SPLASH[eqn.params["name"].split("_")[2]]
+    return products * 2 * query.size * key.shape[-2]
 
 
 def _convolution(eqn: JaxprEqn) -> int:

@@ -20,6 +20,7 @@ from lsdl.models.bert import Bert
 from lsdl.models.gpt import Gpt
 from lsdl.models.vit import CLASS_TOKENS, Vit
 from lsdl.planner import activations, architecture, hardware, tree
+from lsdl.sharding import splash
 from lsdl.sharding.rules import axes_of, parts, resolve
 
 MODEL_AXES = {"tensor", "stage", "expert"}  # they split a parameter for good
@@ -73,14 +74,17 @@ def stack_of(experiment: Any, target: hardware.Target) -> tuple[activations.Bloc
         return None
     if sizes.get("sequence", 1) > 1 or sizes.get("stage", 1) > 1:
         return None
-    capability = target.device.compiler.get("compute_capability", (0, 0))
-    kernel = attention.has_kernel(float("{}.{}".format(*capability)), jnp.dtype(module.dtype))
-    b = replace(architecture.block_of(module), kernel=kernel)
-    if not isinstance(module, Vit):
-        return b, experiment.task.units_per_example
-    _, height, wide, _ = experiment.abstract_batch["image"].shape
-    classes = CLASS_TOKENS[module.pool]
-    return b, height // module.patch * (wide // module.patch) + classes
+    b = architecture.block_of(module)
+    if isinstance(module, Vit):
+        _, height, wide, _ = experiment.abstract_batch["image"].shape
+        length = height // module.patch * (wide // module.patch) + CLASS_TOKENS[module.pool]
+    else:
+        length = experiment.task.units_per_example
+    device, dtype = target.device, jnp.dtype(module.dtype)
+    capability = float("{}.{}".format(*device.compiler.get("compute_capability", (0, 0))))
+    kernel = attention.has_kernel(device.kind, device.name, dtype, capability)
+    kernel &= device.kind != "tpu" or splash.takes(length, b.width // b.num_heads)
+    return replace(b, kernel=kernel), length
 
 
 def activation_moments(
