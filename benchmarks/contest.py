@@ -42,6 +42,8 @@ class Worker:
         env["JAX_DEFAULT_PRNG_IMPL"] = "unsafe_rbg"  # the initial values compile in no time
         if kind == "cpu":
             env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+            # Steps free what they need in between, and get it again page by page: in large pages.
+            env["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         if player != "ours":
             python = os.environ.get(PEERS_PYTHON, python)
         self.player = player

@@ -4,16 +4,19 @@ That its numbers are those of the plain form is seen where there is a GPU: `benc
 the two loss curves over each other before it times anything.
 """
 
+import functools
 from types import SimpleNamespace
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from lsdl.models import attention
 from lsdl.planner.count import count
+from tests.tiny import close, jit
 
 B, L, H, G, K = 2, 6, 4, 2, 16
 
@@ -46,8 +49,40 @@ def test_the_kernel_is_for_half_precision_on_nvidia_gpus_since_ampere(of, dtype,
     assert attention.kernel(of, jnp.dtype(dtype)) is kernel
 
 
-def test_here_there_is_none():
-    assert attention.kernel(jax.devices()[0], jnp.dtype(jnp.bfloat16)) is None
+def test_cpus_take_a_long_causal_sequence_in_blocks():
+    assert attention.kernel(jax.devices()[0], jnp.dtype(jnp.float32)) is attention.blocked
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_blocks_are_the_plain_form_with_five_eighths_of_its_products(segments):
+    draw = np.random.default_rng(0)
+    given = [jnp.float32(draw.standard_normal(x.shape)) for x in (*arrays(256), *arrays(256)[:1])]
+    segment_BL = jnp.int32(draw.integers(0, 2, (B, 256))) if segments else None
+    fields = dict(causal=True, segment_BL=segment_BL)
+
+    def with_gradients(form):
+        def run(*given):
+            y_BLHK, pull = jax.vjp(functools.partial(form, **fields), *given[:3])
+            return y_BLHK, *pull(given[3])
+
+        return run
+
+    found, plain = (jit(with_gradients(f))(*given) for f in (attention.blocked, attention.attend))
+    close(found, plain, rtol=1e-5, atol=1e-5)
+    products = [
+        count(jax.make_jaxpr(with_gradients(form))(*given).jaxpr).total()
+        for form in (attention.blocked, attention.attend)
+    ]
+    assert products[0] == 5 / 8 * products[1]
+
+
+@pytest.mark.parametrize(("length", "causal"), [(252, True), (258, True), (256, False)])
+def test_what_is_short_odd_or_sees_all_is_no_matter_of_blocks(length, causal):
+    ours, plain = (
+        count(traced(form, *arrays(length), causal=causal)).total()
+        for form in (attention.blocked, attention.attend)
+    )
+    assert ours == plain
 
 
 def arrays(length=L, head_dim=K):

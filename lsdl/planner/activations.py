@@ -44,6 +44,7 @@ class Block:
     post_norm: bool = False
     dropout: bool = False
     kernel: bool = False  # attention is one, and has no scores in memory
+    scored: float = 1.0  # of all pairs of queries and keys, those that have scores otherwise
 
     @property
     def kv_width(self) -> int:
@@ -100,8 +101,8 @@ def block(b: Block, length: int, itemsize: int) -> list[Line]:
         add("attention", "scores: logarithms of sums", heads, 4, "heads")
         add("attention", "attention's result, for the kernel", width, itemsize, "heads")
     else:
-        add("attention", "scores: exponentials", heads * length, 4, "heads")
-        add("attention", "scores: probabilities", heads * length, itemsize, "heads")
+        add("attention", "scores: exponentials", heads * length * b.scored, 4, "heads")
+        add("attention", "scores: probabilities", heads * length * b.scored, itemsize, "heads")
         add("attention", "scores: sums", 2 * heads, 4, "heads")
     add("attention", "attention's result", width, itemsize, "heads")
     plain, gated, signs = KEPT[b.activation]
@@ -159,7 +160,7 @@ def moments(
     lines = block(b, length, itemsize)
     of = lambda part: sum(x.nbytes(tokens, split) for x in lines if x.part == part)  # noqa: E731
     hidden, whole = (tokens * b.width * itemsize / n for n in (split.residual, split.whole))
-    scores = 0 if b.kernel else tokens * b.num_heads * length * 4 / split.heads
+    scores = 0 if b.kernel else tokens * b.num_heads * length * b.scored * 4 / split.heads
     wide = tokens * b.mlp_dim * itemsize / split.mlp
     saved = layers * (hidden if remat == "full" else of("attention") + of("mlp"))
     # A layer's backward pass has its own tensors, out of the stack or computed again, and what

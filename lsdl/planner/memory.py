@@ -84,7 +84,9 @@ def stack_of(experiment: Any, target: hardware.Target) -> tuple[activations.Bloc
     capability = float("{}.{}".format(*device.compiler.get("compute_capability", (0, 0))))
     kernel = attention.has_kernel(device.kind, device.name, dtype, capability)
     kernel &= device.kind != "tpu" or splash.takes(length, b.width // b.num_heads)
-    return replace(b, kernel=kernel), length
+    causal = isinstance(module, Gpt)
+    blocks = device.kind == "cpu" and attention.takes_blocks(length, causal=causal)
+    return replace(b, kernel=kernel, scored=attention.SCORED if blocks else 1.0), length
 
 
 def activation_moments(
