@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
-TPUS_WITHOUT = ("TPU v2", "TPU v3")  # whose matrix unit takes no bfloat16 as a kernel gives it
+TPUS_WITHOUT = ("TPU v2", "TPU v3")  # the compiler refuses it for v3; v2, older: not tried
 BLOCKS, LONG = 4, 256  # of the queries on CPUs, and the least length that is worth it
 SCORED = (1 + 1 / BLOCKS) / 2  # of all pairs, those that they compute
 KERNEL_HEAD_DIM = 128  # the largest that cuDNN's kernel takes on every GPU since Ampere
