@@ -22,7 +22,7 @@ from lsdl.errors import UserError
 from lsdl.experiment import Experiment, reopen, stored_weights
 from lsdl.rundir import RunDir
 from lsdl.runs import Run, read_run
-from lsdl.sharding import partition
+from lsdl.sharding import partition, sequence
 from lsdl.state import Batch
 
 MATRICES = ("hessian", "ggn", "fisher")
@@ -100,6 +100,20 @@ class Specimen:
             )
 
     @property
+    def smooth(self) -> "Specimen":
+        """The same with attention in a form that has second derivatives, which no kernel has.
+
+        Where the mesh splits the length, each device gathers all keys and values.
+        """
+        module, mesh = self.experiment.module, self.experiment.mesh
+        if getattr(module, "attention", None) is None:
+            return self
+        split = mesh.shape["sequence"] > 1
+        plain = sequence.make_attention(mesh, "gather") if split else None
+        experiment = dataclasses.replace(self.experiment, module=module.clone(attention=plain))
+        return dataclasses.replace(self, experiment=experiment)
+
+    @property
     def stacked(self) -> set[str]:
         """The paths of the parameters whose first dim is their layers'."""
         paths = (p.path for p in self.experiment.placements if "layers" in p.names[:1])
@@ -107,22 +121,22 @@ class Specimen:
 
     def product(self, matrix: str) -> curvature.BatchProduct:
         """Of the loss's Hessian, Gauss-Newton's matrix (`ggn`) or the empirical Fisher matrix."""
-        task = self.experiment.task
+        task, smooth = self.experiment.task, self.smooth
         if matrix == "hessian":
-            return curvature.hessian(self.loss)
+            return curvature.hessian(smooth.loss)
         if matrix not in MATRICES:
             raise UserError(f"--of={matrix} is unknown: choose from {', '.join(MATRICES)}.")
         name = self.run.fields["task"]
         if matrix == "fisher":
             self.apart("--of=fisher")
-            return curvature.empirical_fisher(self.loss)
+            return curvature.empirical_fisher(smooth.loss)
         if name not in ("classification", "regression"):
             raise UserError(
                 f"--of=ggn needs a model whose outputs its loss is convex in; with task={name} "
                 "they hold parameters: use --of=hessian."
             )
         return curvature.gauss_newton(
-            self.outputs, lambda found, batch: task.loss(found, batch)[:2]
+            smooth.outputs, lambda found, batch: task.loss(found, batch)[:2]
         )
 
     def recalibrate(self, variables: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`python -m lsdl.analyze`: what it finds of a run is what is there."""
 
+import dataclasses
 import re
 
 import jax
@@ -11,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from lsdl import analyze, specimen, train
 from lsdl.files import read_json
 from lsdl.metrics import read_rows
+from lsdl.models import attention
 from tests.conftest import CONFIGS
 
 SMALL = ("--config.model.hidden=(8,8)", "--config.total_steps=6", "--config.eval.every_steps=6")
@@ -69,6 +71,33 @@ def test_the_hessians_eigenvalues_are_the_exact_ones_on_every_mesh(run, analyze_
     split, _ = analyze_run("hessian", *options, "--mesh=data=2,fsdp=2,tensor=2")
     np.testing.assert_allclose(split["eigenvalues"], found["eigenvalues"], rtol=1e-4)
     assert split["trace"] == pytest.approx(found["trace"], rel=1e-4)
+
+
+def transformer(folder):
+    """A run of a vision transformer of one layer."""
+    fields = dict(width=16, num_layers=1, num_heads=2, mlp_dim=32)
+    options = ["--config.total_steps=6", "--config.eval.every_steps=6", "--config.batch_size=32"]
+    options += [f"--config.model.{name}={value}" for name, value in fields.items()]
+    path = CONFIGS / "digits_vit.py"
+    assert train.main(["--config", f"{path}:smoke", f"--workdir={folder}", *options]) == 0
+    return folder
+
+
+def test_a_transformers_curvature_is_the_same_where_its_length_is_split(tmp_path, analyze_run):
+    run = transformer(tmp_path / "vit")
+    options = ("--examples=40", "--steps=4", "--starts=1", "--top=2")
+    for matrix in ("hessian", "ggn", "fisher"):
+        whole, split = (
+            analyze_run("hessian", f"--of={matrix}", *options, *mesh, of=run)[0]
+            for mesh in ((), ("--mesh=data=2,sequence=4",))
+        )
+        np.testing.assert_allclose(split["eigenvalues"], whole["eigenvalues"], rtol=1e-4)
+        assert split["trace"] == pytest.approx(whole["trace"], rel=1e-4), matrix
+    opened = specimen.opened(run, step=None, split="train", examples=1)
+    module = opened.experiment.module.clone(attention=attention.cudnn)  # as a GPU would have it
+    on_gpu = dataclasses.replace(opened.experiment, module=module)
+    smooth = dataclasses.replace(opened, experiment=on_gpu).smooth
+    assert smooth.experiment.module.attention is None
 
 
 def test_the_centre_of_a_plane_is_what_the_run_evaluated(run, analyze_run):

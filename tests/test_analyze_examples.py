@@ -153,6 +153,39 @@ def test_a_language_models_examples_on_meshes_that_split_by_hand(tmp_path):
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_language_models_curvature_on_meshes_that_split_by_hand(experts, tmp_path):
+    fields = dict(num_layers=2, width=16, mlp_dim=32, num_heads=2, scan_layers=True)
+    if experts:
+        fields |= dict(num_experts=4, experts_per_token=2, capacity_factor=1.0)
+        fields["scan_layers"] = False
+    own = [f"--config.model.{name}={value}" for name, value in fields.items()]
+    own += ["--config.batch_size=16", "--config.optim.schedule.warmup_steps=0"]
+    run = trained(tmp_path / "gpt", "modular_transformer", *own)
+    options = ("--examples=24", "--split=valid", "--steps=4")
+    meshes = ["data=2,sequence=2,tensor=2", "expert=4,data=2" if experts else "data=4,stage=2"]
+
+    def curvature(*mesh):
+        rows = [
+            analyzed("hessian", run, tmp_path, *options, f"--of={matrix}", *mesh)[0]
+            for matrix in ("hessian", "fisher")
+        ]
+        return [row[name] for row in rows for name in ("trace", "smallest", "edge")]
+
+    whole = curvature()
+    for mesh in meshes:
+        np.testing.assert_allclose(curvature(f"--mesh={mesh}"), whole, rtol=1e-4, err_msg=mesh)
+    if experts:
+        return
+    sharp, split = (
+        analyzed("sharpness", run, tmp_path, *options, *mesh)[0]
+        for mesh in ((), (f"--mesh={meshes[0]}",))
+    )
+    for name in ("loss", "sam_rise", "lambda_max"):
+        assert split[name] == pytest.approx(sharp[name], rel=1e-4), name
+
+
 def test_a_large_picture_is_made_smaller():
     image_HWC = np.arange(100 * 90 * 3).reshape(100, 90, 3).astype(np.uint8)
     data = re.search(r"base64,([^\"]+)", picture(image_HWC, '"'))[1]

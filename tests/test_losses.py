@@ -66,6 +66,24 @@ def test_chunks_change_neither_loss_nor_gradients(chunk):
     assert_close(jax.value_and_grad(loss, has_aux=True)(arrays, chunk), whole)
 
 
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_the_hessian_is_that_of_the_formula(chunk):
+    arrays, target_BL, weight_BL = language()
+
+    def formula(arrays):
+        hidden_BLD, table_VD, bias_V = arrays
+        logits_BLV = jnp.einsum("BLD,VD->BLV", hidden_BLD, table_VD) + bias_V[None, None]
+        logits_BLV = jax.nn.log_softmax(logits_BLV[..., :VOCAB])
+        return -(jax.nn.one_hot(target_BL, VOCAB) * logits_BLV * weight_BL[..., None]).sum()
+
+    def loss(arrays):
+        return token_sums(arrays, target_BL, weight_BL, chunk=chunk)["loss"]
+
+    vector = jax.tree.map(jnp.cos, arrays)
+    along = lambda of: jax.jvp(jax.grad(of), (arrays,), (vector,))[1]  # noqa: E731
+    assert_close(along(loss), along(formula), rtol=1e-4)
+
+
 def test_padded_rows_of_the_table_have_no_probability_and_no_gradient():
     arrays, target_BL, weight_BL = language()
     loss = lambda arrays: token_sums(arrays, target_BL, weight_BL)["loss"]  # noqa: E731

@@ -149,7 +149,7 @@ def test_balance_is_experts_times_shares_times_mean_probabilities():
     assert routed(logits, real, (4, 1, 1.0)).balance == pytest.approx(expected, rel=1e-5)
 
 
-def test_rows_travel_there_and_back_and_so_do_their_gradients():
+def test_rows_travel_there_and_back_and_so_do_their_derivatives():
     x, g = images(2, (6, 3)), images(2, (4, 3))
     there = np.array([[5, 6, 0, 2], [6, 6, 6, 1]])
     back = np.array([[2, 4, 3, 4, 4, 0], [4, 3, 4, 4, 4, 4]])
@@ -158,10 +158,14 @@ def test_rows_travel_there_and_back_and_so_do_their_gradients():
         padded = jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1)
         return jnp.take_along_axis(padded, there[..., None], axis=1)
 
-    y, pull = jax.vjp(lambda x: moe._move(x, there, back), x)
+    move = lambda x: moe._move(x, there, back)  # noqa: E731
+    y, pull = jax.vjp(move, x)
     expected, plain_pull = jax.vjp(plain, x)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(pull(g)[0], plain_pull(g)[0])
+    slopes = [jax.grad(lambda x, f=f: (f(x) ** 3).sum()) for f in (move, plain)]
+    curved = [jax.jvp(slope, (x,), (jnp.cos(x),))[1] for slope in slopes]  # and their Hessians'
+    np.testing.assert_allclose(*curved, rtol=1e-6)
 
 
 def test_routing_is_in_float32_whatever_the_precision():

@@ -66,12 +66,12 @@ def empirical_fisher(loss: Loss) -> BatchProduct:
         def weighted(params, weight_B):
             return loss(params, batch | {"weight": weight_B})
 
-        def slope(weight_B):
-            return jax.jvp(lambda p: weighted(p, weight_B)[0], (params,), (vector,))[1]
+        def gradient(weight_B):
+            return jax.grad(weighted, has_aux=True)(params, weight_B)
 
-        along_B = jax.grad(slope)(batch["weight"])  # g . vector of each example
-        image = jax.grad(lambda p: weighted(p, batch["weight"] * along_B)[0])(params)
-        return image, weighted(params, batch["weight"])[1]
+        _, back, weight = jax.vjp(gradient, batch["weight"], has_aux=True)
+        (along_B,) = back(vector)  # g . vector of each example
+        return gradient(batch["weight"] * along_B)[0], weight
 
     return product
 

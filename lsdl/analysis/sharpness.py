@@ -118,7 +118,9 @@ def subspace_box(
     """
     basis = stacked(params, dims)
     for i in range(dims):
-        basis = put(basis, i, unit(random_like(params, jax.random.fold_in(key, i))))
+        drawn = unit(random_like(params, jax.random.fold_in(key, i)))
+        # Virtual devices of one CPU starve with several programs in flight.
+        basis = jax.block_until_ready(put(basis, i, drawn))
     return along(at, params, basis, epsilon=epsilon, iterations=iterations)
 
 

@@ -136,14 +136,19 @@ class ExpertDense(nn.Module):
 @jax.custom_vjp
 def _move(x_BnD, from_Bm, to_Bn):
     """`(B, m, D)`: row j is x's row `from[j]`, 0 if there is none; x's row i goes to `to[i]`."""
+    return _take(x_BnD, from_Bm)
+
+
+def _take(x_BnD, from_Bm):
     take = lambda x, index: x.at[index].get(mode="fill", fill_value=0)  # noqa: E731
     return jax.vmap(take)(x_BnD, from_Bm)
 
 
 # Each row goes to one place at most, so its gradient is fetched from there: nothing is scattered.
+# Both in plain jax: a Hessian goes forward through them.
 _move.defvjp(
-    lambda x_BnD, from_Bm, to_Bn: (_move(x_BnD, from_Bm, to_Bn), (from_Bm, to_Bn)),
-    lambda places, g_BmD: (_move(g_BmD, places[1], places[0]), None, None),
+    lambda x_BnD, from_Bm, to_Bn: (_take(x_BnD, from_Bm), (from_Bm, to_Bn)),
+    lambda places, g_BmD: (_take(g_BmD, places[1]), None, None),
 )
 
 
