@@ -62,8 +62,9 @@ def _check_convnet(model: ConfigDict) -> None:
             "model.zero_gamma=True needs a shortcut: without one (model.shortcut='none') nothing "
             "comes out of a block whose last scale is 0."
         )
-    if model.name == "alexnet" and "widths" in fields and len(model.widths) != len(alexnet.LAYERS):
-        raise UserError(f"model.widths={model.widths} must hold {len(alexnet.LAYERS)} widths.")
+    convolutions = [len(rows) for rows in (alexnet.LAYERS, alexnet.SHALLOW)]
+    if model.name == "alexnet" and "widths" in fields and len(model.widths) not in convolutions:
+        raise UserError(f"model.widths={model.widths} must hold 5 widths, or the 2 of C1.")
     if {"depths", "widths", "group_width"} <= fields:
         if len(model.depths) != len(model.widths):
             raise UserError(

@@ -25,6 +25,7 @@ VARIANTS = dict.fromkeys(SHIPPED, ("", ":smoke")) | {
     "clip": [f":{size}" for size in clip.SIZES] + [":b32,sigmoid", ":smoke"],
     "digits_clip": ["", ":sigmoid", ":smoke"],
     "cifar10_resnet": ["", ":56,plain", ":preact18", ":smoke", ":preact18,smoke"],
+    "cifar10_c1": ["", ":5k", ":smoke"],
     "cifar10_wrn": [":16-4", ":28-10,dropout", ":smoke"],
     "imagenet_alexnet": ["", ":bn,lars,32k", ":smoke"],
     "imagenet_vit": [":b16", ":s16", ":ti16", ":b16,distill", ":smoke"],

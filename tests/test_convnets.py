@@ -42,12 +42,17 @@ MODELS = {  # and the side of the smallest images that say something
     ),
     "alexnet": (thin_alexnet, 67),
     "alexnet bn": (functools.partial(thin_alexnet, batch_norm=True), 67),
+    "alexnet c1": (functools.partial(AlexNet, widths=(4, 6), hidden=(6, 8), batch_norm=True), 8),
     "inception": (functools.partial(Inception, width_factor=1 / 16, stem_multiplier=2), 32),
     "inception plain": (functools.partial(Inception, width_factor=1 / 16, batch_norm=False), 32),
     "efficientnet": (functools.partial(EfficientNet, width_factor=0.3, depth_factor=0.3), 32),
     "regnet": (functools.partial(RegNet, depths=(1, 2), widths=(8, 16), group_width=4), 16),
 }
 models = pytest.mark.parametrize("name", MODELS)
+BLIND = {
+    "alexnet bn": "conv/bias",
+    "alexnet c1": ("conv/bias", "dense_0/bias", "dense_1/bias"),
+}
 
 
 def tiny(name, batch=4, **fields):
@@ -68,6 +73,8 @@ def parameters(model, side):
     [
         (AlexNet(1000), 227, 60_965_224),
         (AlexNet(1000), 224, 60_965_224),
+        # C1 of Keskar et al. 2017, as its authors' code has it: by hand, layer by layer.
+        (AlexNet(10, (64, 64), (384, 192), True), 32, 1_757_834),
         (ResNet(num_classes=1000, **resnet.SIZES["18"]), 224, 11_689_512),
         (ResNet(num_classes=1000, **resnet.SIZES["34"]), 224, 21_797_672),
         (ResNet(num_classes=1000, **resnet.SIZES["50"]), 224, 25_557_032),
@@ -253,7 +260,7 @@ def test_training_reaches_every_parameter_and_moves_every_statistic(name):
     for path, leaf in paths(slope).items():
         assert np.isfinite(leaf).all(), path
         # Batch norm takes away the mean, and with it the last bias before it.
-        blind = path.endswith({"alexnet bn": "conv/bias"}.get(name, "project_norm/bias"))
+        blind = path.endswith(BLIND.get(name, "project_norm/bias"))
         assert blind == (np.abs(leaf).max() < 1e-6 * largest), path
     assert bool(rest) == (name not in ("resnet group", "alexnet"))
     for old, new in zip(jax.tree.leaves(rest), jax.tree.leaves(state), strict=True):
@@ -296,7 +303,8 @@ def traced(name, *, train=True, **fields):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet", "resnet preact", "alexnet bn", "inception", "efficientnet", "regnet"]
+    "name",
+    ["resnet", "resnet preact", "alexnet bn", "alexnet c1", "inception", "efficientnet", "regnet"],
 )
 def test_every_batch_norm_averages_over_the_manual_axis(name):
     model, x = tiny(name)
@@ -739,7 +747,7 @@ def test_variants_that_do_not_go_together_are_refused(load, config, words):
         ("cifar10_wrn:smoke", "dropout=1.0", r"within \[0, 1\)"),
         ("cifar10_resnet:smoke", "head_std=-1.0", "not be negative"),
         ("cifar10_resnet:smoke,plain", "zero_gamma=true", "needs a shortcut"),
-        ("imagenet_alexnet:smoke", "widths=(8, 8)", "must hold 5 widths"),
+        ("imagenet_alexnet:smoke", "widths=(8, 8, 8)", "must hold 5 widths, or the 2 of C1"),
         ("imagenet_efficientnet:smoke", "width_factor=0.0", "must be positive"),
         ("imagenet_efficientnet:smoke", "drop_path=1.0", r"within \[0, 1\)"),
         ("imagenet_regnet:smoke", "depths=(1, 1)", "as long as"),

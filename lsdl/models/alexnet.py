@@ -1,5 +1,7 @@
 """AlexNet with its two groups of convolutions (Krizhevsky et al. 2012), or with batch norm.
 
+And C1, a shallow one for images of 32 x 32 pixels (Keskar et al. 2017).
+
 Shape letters: B batch, H height, W width, D channels, C classes.
 """
 
@@ -24,6 +26,7 @@ LAYERS = (
 )
 STRIDE = 4  # of the first
 LEAST = 64  # pixels that leave one position after the last pool
+SHALLOW = ((5, 1, False, True),) * 2  # of C1, whose strides are the pools' alone
 
 
 def local_response_norm(x_BHWD: jax.Array) -> jax.Array:
@@ -44,7 +47,7 @@ def tiling_padding(side: int) -> tuple[int, int]:
 
 
 class Convolution(nn.Module):
-    """One of the five: convolution, norm and relu, pool."""
+    """One of the five, or of C1's two: convolution, norm and relu, pool."""
 
     features: int
     size: int
@@ -52,6 +55,7 @@ class Convolution(nn.Module):
     response_norm: bool
     pool: bool
     stride: int
+    shallow: bool
     batch_norm: bool
     dtype: Dtype
     train: bool
@@ -66,8 +70,7 @@ class Convolution(nn.Module):
             stride=self.stride,
             groups=self.groups,
             padding=[tiling_padding(n) for n in x_BHWD.shape[1:3]] if tiling else self.size // 2,
-            kernel_init=nn.initializers.normal(0.01),
-            bias_init=nn.initializers.constant(0.01),
+            **_initial(0.01, 0.01, self.shallow),
             dtype=self.dtype,
             name="conv",
         )(x_BHWD)
@@ -78,8 +81,20 @@ class Convolution(nn.Module):
         x_BHWD = nn.relu(x_BHWD)
         if self.response_norm and not self.batch_norm:
             x_BHWD = local_response_norm(x_BHWD)
-        x_BHWD = nn.max_pool(x_BHWD, (3, 3), (2, 2)) if self.pool else x_BHWD
+        if self.pool:
+            border = "SAME" if self.shallow else "VALID"
+            x_BHWD = nn.max_pool(x_BHWD, (3, 3), (2, 2), border)
         return nn.with_logical_constraint(x_BHWD, ("conv_batch", None, None, None))
+
+
+def _initial(std: float, bias: float, shallow: bool) -> dict:
+    """You et al.'s normal weights and constant biases; of C1 those of its authors' Keras."""
+    if shallow:
+        return {"kernel_init": nn.initializers.glorot_uniform()}
+    return {
+        "kernel_init": nn.initializers.normal(std),
+        "bias_init": nn.initializers.constant(bias),
+    }
 
 
 class AlexNet(nn.Module):
@@ -90,6 +105,11 @@ class AlexNet(nn.Module):
     response normalisation (AlexNet-BN of You et al. 2017). `num_classes=0` returns the features
     before the last layer. The initial values are those whose norms You et al. print in table 2:
     weights from N(0, 0.01^2), 0.005 in the hidden dense layers; biases 0.01, there 0.1.
+
+    Two `widths` in place of five make C1: 5 x 5 convolutions of stride 1, pools that keep the
+    border, and `batch_norm` after the hidden dense layers too.
+    Source: `shallownet` of network_zoo.py in github.com/keskarnitish/large-batch-training. The
+    paper's appendix, as others quote it, has a stride of 2 in the convolutions, not in the pools.
     """
 
     num_classes: int
@@ -103,24 +123,29 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, image_BHWC, *, train: bool):
-        if min(image_BHWC.shape[1:3]) < LEAST:
+        shallow = len(self.widths) == len(SHALLOW)
+        if not shallow and min(image_BHWC.shape[1:3]) < LEAST:
             raise UserError(
                 f"The image of {image_BHWC.shape[1]} x {image_BHWC.shape[2]} pixels is too small "
                 f"for alexnet: it needs {LEAST} x {LEAST}."
             )
-        mode = (self.batch_norm, self.dtype, train, self.axis_name)
+        mode = (shallow, self.batch_norm, self.dtype, train, self.axis_name)
+        rows, first = (SHALLOW, 1) if shallow else (LAYERS, STRIDE)
         layers = [
             functools.partial(
-                Convolution, features, *row, 1 if i else STRIDE, *mode, name=f"layer_{i}"
+                Convolution, features, *row, 1 if i else first, *mode, name=f"layer_{i}"
             )
-            for i, (features, row) in enumerate(zip(self.widths, LAYERS, strict=True))
+            for i, (features, row) in enumerate(zip(self.widths, rows, strict=True))
         ]
         x_BHWD = remat.chain(self, layers, image_BHWC.astype(self.dtype), policy=self.remat)
         x_BD = x_BHWD.reshape(len(x_BHWD), -1)
         axes = ("embed", "mlp")
         for i, features in enumerate(self.hidden):
-            x_BD = nn.relu(self._dense(x_BD, features, axes, 0.005, 0.1, f"dense_{i}"))
-            x_BD = nn.with_logical_constraint(x_BD, ("batch", axes[1]))
+            x_BD = self._dense(x_BD, features, axes, 0.005, 0.1, f"dense_{i}")
+            if shallow and self.batch_norm:
+                norm = dict(train=train, axis_name=self.axis_name, dtype=self.dtype, axis=axes[1])
+                x_BD = batch_norm(**norm, name=f"norm_{i}")(x_BD)
+            x_BD = nn.with_logical_constraint(nn.relu(x_BD), ("batch", axes[1]))
             x_BD = Dropout(self.dropout, train)(x_BD)
             axes = axes[::-1]
         if not self.num_classes:
@@ -132,8 +157,7 @@ class AlexNet(nn.Module):
         return dense(
             features,
             axes,
-            kernel_init=nn.initializers.normal(std),
-            bias_init=nn.initializers.constant(bias),
+            **_initial(std, bias, len(self.widths) == len(SHALLOW)),
             dtype=self.dtype,
             name=name,
         )(x_BD)

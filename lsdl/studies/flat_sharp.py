@@ -97,21 +97,14 @@ EPSILON = 1e-3  # of Keskar's box
 LEAST_SEEDS = 4
 HIDDEN = (64, 64)
 # Keskar et al. 2017, tables 2 and 3, C1: test accuracy and phi(1e-3), batch 256 and 10% of the data
-PUBLISHED = {256: "80.04% test accuracy, phi 28.6", 5000: "77.26% test accuracy, phi 707"}
+PUBLISHED = {"256": "80.04% test accuracy, phi 28.6", "5k": "77.26% test accuracy, phi 707"}
 
 
 def cells(scale: str, seeds: int) -> list[Cell]:
-    """A batch and a rate each, all seeds together; at full scale Keskar's C1 on a ResNet's data."""
+    """A batch and a rate each, all seeds together; at full scale Keskar's C1."""
     if scale == "full":
-        adam = {"optim.name": "adam", "optim.schedule.peak": KESKAR_RATE}
         return [
-            Cell(
-                f"c1_{batch}",
-                {"their_model": "C1, a shallow AlexNet"},
-                "configs/cifar10_resnet.py:20",
-                {"batch_size": batch, **adam},
-                published,
-            )
+            Cell(f"c1_{batch}", {}, f"configs/cifar10_c1.py:{batch}", {}, published)
             for batch, published in PUBLISHED.items()
         ]
     count = max(seeds, LEAST_SEEDS)
