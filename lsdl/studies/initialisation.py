@@ -99,6 +99,7 @@ def cells(scale: str, seeds: int) -> list[Cell]:
         he = "top-1/top-5 error {} (He et al. 2015)"
         return [
             Cell("he-14", {"layers": 14}, published=he.format("33.82/13.34, 33.90/13.44 with 1/n")),
+            Cell("he-22", {"layers": 22}, published="both learn, He's first (He et al. 2015)"),
             Cell("he-30", {"layers": 30}, published=he.format("38.56/16.59, 1/n stalls")),
             Cell("cifar10-plain-56", {"layers": 56}, "cifar10_resnet:56,plain", published="none"),
         ]
