@@ -57,7 +57,8 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs") / "gpt"
     config = f"{CONFIGS / 'stdlib_gpt.py'}:smoke"
-    assert train(["--config", config, "--workdir", str(folder), "--config.total_steps=3"]) == 0
+    short = ("--config.total_steps=3", "--config.model.num_layers=1")
+    assert train(["--config", config, "--workdir", str(folder), *short]) == 0
     return folder
 
 
