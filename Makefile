@@ -41,9 +41,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Of large models on CPUs a step takes its memory in large pages (benchmarks/README.md).
 train: $(VENV)/installed
-	@GLIBC_TUNABLES=$${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} $(BIN)/python -m lsdl.train --config $(CONFIG)
+	@$(BIN)/python -m lsdl.train --config $(CONFIG)
 
 # 1.3 GB on disk, beside the environment: jax would load what lies in it whenever it starts.
 plan-tools: $(VENV)/installed
