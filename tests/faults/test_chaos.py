@@ -43,7 +43,10 @@ def drawn(draw, newest, processes):
 
 
 def played(workdir, draw, processes, capfd):
-    """One round: the fault, the job's code, what it said, the seconds from the fault to the end."""
+    """One round: the step it began after, the fault, the job's code, what it said, and how long.
+
+    The last in seconds from the fault to the end; None if the run was over before.
+    """
     newest = max(saved(workdir), default=0)
     fault, how = drawn(draw, newest, processes)
     stuck_s = STUCK_S if how == "loop" else 60  # otherwise it may be the first to see the fault
@@ -68,14 +71,13 @@ def played(workdir, draw, processes, capfd):
     began = mark.stat().st_mtime if mark.exists() else None
     shutil.rmtree(job.marks)
     assert not hung.is_set(), (fault, said)
-    return fault, how, code, said, began and ended - began
+    return newest, fault, how, code, said, began and ended - began
 
 
-def limit_s(workdir, said):
+def limit_s(workdir, said, begun):
     """What the watchdog allowed a step, as it says: no more than 20 of the session's own."""
     told = re.search(r"Stuck: a step after step (\d+) has taken more than (\d+) s", said)
     step, told_s = map(int, told.groups())
-    begun = max(saved(workdir), default=0)  # the session took the steps since then, or more
     found = [row for row in read_rows(workdir / "metrics.jsonl") if row["step"] > begun]
     times_s = [row.get("step_time_s", 0) for row in found]
     look_s = STUCK_S / 10  # between two looks, by which it may be late to see a step's end
@@ -93,7 +95,7 @@ def test_no_fault_hangs_a_job(tmp_path, case, capfd, record_property):
     workdir, whole = tmp_path / "run", []
     slowest_s, rounds = 0.0, 0
     for _ in range(ROUNDS):
-        fault, how, code, said, took_s = played(workdir, draw, processes, capfd)
+        begun, fault, how, code, said, took_s = played(workdir, draw, processes, capfd)
         told = (case, processes, fault, code, said[-3000:])
         expected, sentence, within_s = ENDS[how]
         if took_s is None:  # the run was over before it came to the fault
@@ -101,7 +103,7 @@ def test_no_fault_hangs_a_job(tmp_path, case, capfd, record_property):
         assert code == expected, told
         assert sentence.format(fault["process"], processes) in said, told
         if how == "loop" and within_s:
-            within_s += limit_s(workdir, said)
+            within_s += limit_s(workdir, said, begun)
         if within_s:
             assert took_s < within_s, (took_s, told)
             slowest_s = max(slowest_s, took_s)
