@@ -13,6 +13,7 @@ KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 TPUS_WITHOUT = ("TPU v2", "TPU v3")  # the compiler refuses it for v3; v2, older: not tried
 BLOCKS, LONG = 4, 256  # of the queries on CPUs, and the least length that is worth it
 SCORED = (1 + 1 / BLOCKS) / 2  # of all pairs, those that they compute
+IN_BLOCKS = "in_blocks"  # the scope of their operations, of which the planner's count is in full
 KERNEL_HEAD_DIM = 128  # the largest that cuDNN's kernel takes on every GPU since Ampere
 
 
@@ -72,6 +73,7 @@ def blocked(query_BLHK, key_BLGK, value_BLGK, *, causal: bool, segment_BL=None) 
     if not takes_blocks(length, causal=causal):
         return attend(query_BLHK, key_BLGK, value_BLGK, causal=causal, segment_BL=segment_BL)
 
+    @jax.named_scope(IN_BLOCKS)
     def of(begin: int, end: int) -> jax.Array:
         mask = (jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None])[None, None]
         if segment_BL is not None:

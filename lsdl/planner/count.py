@@ -3,8 +3,9 @@
 Two for each multiply-add of a matrix product or a convolution; all else (elementwise work, norms,
 softmax, the optimiser) is left out, as in the published tables. A loop's body counts once for each
 trip, the larger branch of a condition counts, and what rematerialisation computes again counts
-again, below the scope `REMATTED`. Masks save nothing: causal attention counts in full. What an
-attention kernel computes again inside itself does not count; what it fills lengths up with does.
+again, below the scope `REMATTED`. Masks save nothing: causal attention counts in full, also in
+blocks that leave out what no query sees. What an attention kernel computes again inside itself
+does not count; what it fills lengths up with does.
 A convolution's taps on padding count, as they do in published tables; those on the zeros with which
 a stride spreads the gradient of its output do not.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 from lsdl.errors import UserError
+from lsdl.models.attention import IN_BLOCKS, SCORED
 
 REMATTED = "rematted_computation"  # jax's name for the second computation of a checkpointed part
 OPAQUE = ("pallas_call", "ffi_call", "ragged_dot", "dot_product_attention")
@@ -35,11 +37,16 @@ def count(jaxpr: Jaxpr) -> Counter[Path]:
     All scopes are there, also those without products, in the program's order. Raises `UserError`
     for a product whose number the program does not tell: in a loop of unknown length or a kernel.
     """
-    flops = Counter()
+    flops, in_blocks = Counter(), Counter()
     for eqn in jaxpr.eqns:
         scopes = tuple(scope.name for scope in eqn.source_info.name_stack.stack)
+        part = in_blocks if IN_BLOCKS in scopes else flops
+        scopes = tuple(scope for scope in scopes if scope != IN_BLOCKS)
         for inner, number in _inside(eqn).items():
-            flops[scopes + inner] += number
+            flops[scopes + inner] += 0  # in the program's order
+            part[scopes + inner] += number
+    for scopes, number in in_blocks.items():
+        flops[scopes] += round(number / SCORED)  # exact: all blocks of an attention are here
     return flops
 
 
