@@ -105,6 +105,8 @@ def joined(before: dict, part: dict) -> dict:
 def not_run(parts: dict[str, dict]) -> list[str]:
     """The long tests that no part has run, as `make faults PART=rest` would."""
     done = subprocess.run((sys.executable, *COLLECT), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"The long tests could not be listed: {(done.stderr or done.stdout).strip()}")
     ran = {test for part in parts.values() for test in part["ran"]}
     return [line for line in done.stdout.splitlines() if "::" in line and line not in ran]
 
