@@ -21,7 +21,7 @@ CHOICES = {  # of model fields
 OF_MODEL = {"mlp": {"norm": mlp.NORMS}, "resnet": resnet.WORDS}  # of fields that one model has
 POSITIVE = (
     *("width", "num_layers", "num_heads", "mlp_dim", "patch", "embed_dim", "max_length"),
-    *("group_width", "vocab_size", "widening"),
+    *("group_width", "vocab_size", "widening", "stem_width", "stem_pool", "kernel"),
 )
 
 
@@ -33,7 +33,7 @@ def check_ranges(model: ConfigDict) -> None:
     for name in ("stem", "kv_heads", "stem_multiplier", "head_std", "num_experts"):
         if name in model and not isinstance(model[name], str) and model[name] < 0:
             raise UserError(f"model.{name}={model[name]} must not be negative.")
-    for name in ("hidden", "depths", "widths"):
+    for name in ("hidden", "depths", "widths", "pyramid"):
         if name in model and any(not isinstance(n, int) or n < 1 for n in model[name]):
             raise UserError(f"model.{name}={model[name]} must hold numbers of at least 1.")
     for name, choices in (CHOICES | OF_MODEL.get(model.name, {})).items():
@@ -53,7 +53,7 @@ def check_ranges(model: ConfigDict) -> None:
 
 
 def _check_convnet(model: ConfigDict) -> None:
-    for name in ("width_factor", "depth_factor"):
+    for name in ("width_factor", "depth_factor", "gain"):
         if name in model and model[name] <= 0:
             raise UserError(f"model.{name}={model[name]} must be positive.")
     fields = set(model)  # not all of its own if the name was changed alone, which is told later
@@ -65,12 +65,12 @@ def _check_convnet(model: ConfigDict) -> None:
     convolutions = [len(rows) for rows in (alexnet.LAYERS, alexnet.SHALLOW)]
     if model.name == "alexnet" and "widths" in fields and len(model.widths) not in convolutions:
         raise UserError(f"model.widths={model.widths} must hold 5 widths, or the 2 of C1.")
-    if {"depths", "widths", "group_width"} <= fields:
-        if len(model.depths) != len(model.widths):
-            raise UserError(
-                f"model.depths={model.depths} and model.widths={model.widths} must be as long as "
-                "each other: one number for each stage."
-            )
+    if {"depths", "widths"} <= fields and len(model.depths) != len(model.widths):
+        raise UserError(
+            f"model.depths={model.depths} and model.widths={model.widths} must be as long as "
+            "each other: one number for each stage."
+        )
+    if {"widths", "group_width"} <= fields:
         for width in model.widths:
             divides("a width of model.widths", width, model.group_width, "model.group_width")
 

@@ -26,6 +26,7 @@ from lsdl.sharding import partition, pipeline, sequence, splash
 MODELS = {
     "mlp": "mlp.Mlp",
     "alexnet": "alexnet.AlexNet",
+    "msra": "msra.Msra",
     "inception": "inception.Inception",
     "resnet": "resnet.ResNet",
     "efficientnet": "efficientnet.EfficientNet",
@@ -39,7 +40,7 @@ CONVEX = ("classification", "regression")  # the loss, in the outputs
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What each task needs of the data, and the models whose outputs it takes; a model that stands with
 # none of them is left to be tried with any.
-IMAGE_MODELS = ("mlp", "vit", "resnet", "alexnet", "inception", "efficientnet", "regnet")
+IMAGE_MODELS = ("mlp", "vit", "resnet", "alexnet", "msra", "inception", "efficientnet", "regnet")
 TASKS = {
     "classification": ("label", IMAGE_MODELS),
     "regression": ("target", IMAGE_MODELS),

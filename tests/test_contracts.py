@@ -28,6 +28,7 @@ VARIANTS = dict.fromkeys(SHIPPED, ("", ":smoke")) | {
     "cifar10_c1": ["", ":5k", ":smoke"],
     "cifar10_wrn": [":16-4", ":28-10,dropout", ":smoke"],
     "imagenet_alexnet": ["", ":bn,lars,32k", ":smoke"],
+    "imagenet_msra": [":14", ":22,inverse", ":30", ":smoke"],
     "imagenet_vit": [":b16", ":s16", ":ti16", ":b16,distill", ":smoke"],
     "modular_transformer": ["", ":paper", ":smoke"],
     "stdlib_gpt": ["", ":experts", ":smoke"],

@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding
 
 from lsdl import experiment
 from lsdl.errors import UserError
-from lsdl.models import alexnet, efficientnet, inception, layers, regnet, resnet
+from lsdl.models import alexnet, efficientnet, inception, layers, msra, regnet, resnet
 from lsdl.models.alexnet import AlexNet
 from lsdl.models.efficientnet import EfficientNet
 from lsdl.models.inception import Inception
+from lsdl.models.msra import Msra
 from lsdl.models.regnet import RegNet
 from lsdl.models.resnet import ResidualBlock, ResNet
 from lsdl.sharding import mesh as meshes
@@ -24,6 +25,7 @@ from lsdl.sharding import partition, placement, rules
 from tests.tiny import applied, boxed, close, count, images, jit, paths, values
 
 thin_alexnet = functools.partial(AlexNet, widths=(4, 8, 6, 6, 4), hidden=(6, 8))
+thin_msra = functools.partial(Msra, depths=(2, 1), widths=(6, 8), stem_width=4, hidden=(6, 8))
 MODELS = {  # and the side of the smallest images that say something
     "resnet": (functools.partial(ResNet, depths=(1, 1), width=4), 16),
     "resnet group": (
@@ -43,6 +45,7 @@ MODELS = {  # and the side of the smallest images that say something
     "alexnet": (thin_alexnet, 67),
     "alexnet bn": (functools.partial(thin_alexnet, batch_norm=True), 67),
     "alexnet c1": (functools.partial(AlexNet, widths=(4, 6), hidden=(6, 8), batch_norm=True), 8),
+    "msra": (thin_msra, 16),
     "inception": (functools.partial(Inception, width_factor=1 / 16, stem_multiplier=2), 32),
     "inception plain": (functools.partial(Inception, width_factor=1 / 16, batch_norm=False), 32),
     "efficientnet": (functools.partial(EfficientNet, width_factor=0.3, depth_factor=0.3), 32),
@@ -75,6 +78,10 @@ def parameters(model, side):
         (AlexNet(1000), 224, 60_965_224),
         # C1 of Keskar et al. 2017, as its authors' code has it: by hand, layer by layer.
         (AlexNet(10, (64, 64), (384, 192), True), 32, 1_757_834),
+        # He et al. 2015: by hand, layer by layer; of B they print 183M, of the others nothing.
+        (Msra(1000, **msra.SIZES["14"]), 224, 74_993_896),
+        (Msra(1000, **msra.SIZES["22"]), 224, 183_327_080),
+        (Msra(1000, **msra.SIZES["30"]), 224, 79_192_296),
         (ResNet(num_classes=1000, **resnet.SIZES["18"]), 224, 11_689_512),
         (ResNet(num_classes=1000, **resnet.SIZES["34"]), 224, 21_797_672),
         (ResNet(num_classes=1000, **resnet.SIZES["50"]), 224, 25_557_032),
@@ -262,14 +269,15 @@ def test_training_reaches_every_parameter_and_moves_every_statistic(name):
         # Batch norm takes away the mean, and with it the last bias before it.
         blind = path.endswith(BLIND.get(name, "project_norm/bias"))
         assert blind == (np.abs(leaf).max() < 1e-6 * largest), path
-    assert bool(rest) == (name not in ("resnet group", "alexnet"))
+    assert bool(rest) == (name not in ("resnet group", "alexnet", "msra"))
     for old, new in zip(jax.tree.leaves(rest), jax.tree.leaves(state), strict=True):
         assert np.isfinite(new).all()
         assert not np.allclose(old, new)
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet", "resnet preact", "alexnet", "inception plain", "efficientnet", "regnet"]
+    "name",
+    ["resnet", "resnet preact", "alexnet", "msra", "inception plain", "efficientnet", "regnet"],
 )
 def test_evaluation_sees_every_example_alone_and_draws_nothing(name):
     model, x = tiny(name)
@@ -314,6 +322,28 @@ def test_every_batch_norm_averages_over_the_manual_axis(name):
 
 
 # --- residual networks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_kept_is_what_was_given(dtype):
+    x = jnp.array([0.0, -0.0, 1 / 3, -7.0, jnp.inf, -jnp.inf, jnp.nan, 1e38, 2e-38], dtype)
+    found, slope = jit(jax.vmap(jax.value_and_grad(layers.kept)))(x)
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint8), np.asarray(x).view(np.uint8))
+    np.testing.assert_array_equal(slope, np.ones(len(x)))
+
+
+def test_a_block_is_computed_once_however_many_follow_it():
+    """XLA's operations grow with the blocks alone, where each reader computed the sum again."""
+
+    def operations(depth):
+        model = ResNet(depths=(depth,), width=4, num_classes=5, stem="cifar")
+        x = images(4, (8, 8, 3))
+        variables = values(model, x, train=False)
+        loss = lambda v: model.apply(v, x, train=False).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(variables).compile().as_text().count(" maximum(")
+
+    two, four, six = map(operations, (2, 4, 6))
+    assert six - four == four - two > 0
 
 
 def block(features=8, stride=1, **fields):
@@ -548,6 +578,46 @@ def test_batch_norm_takes_the_place_of_local_response_norm():
     assert not windows("alexnet bn")
 
 
+# --- plain nets of He et al. 2015 -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", msra.SIZES)
+def test_a_plain_net_has_as_many_layers_as_it_is_called(size):
+    model = Msra(1000, **msra.SIZES[size])
+    kernels = [leaf for leaf in jax.tree.leaves(parameters(model, 224)) if leaf.ndim > 1]
+    assert len(kernels) == int(size)
+
+
+@pytest.mark.parametrize("side", [1, 4, 6, 7, 19])
+def test_a_pyramid_holds_the_largest_of_each_bin(side):
+    x, bins = images(2, (side, side, 3)), (6, 3, 1)
+    found, expected = np.asarray(msra.pyramid_pool(x, bins)), []
+    for n in bins:
+        for row, column in itertools.product(range(n), repeat=2):
+            held = [
+                x[:, i, j]
+                for i, j in itertools.product(range(side), repeat=2)
+                if all(
+                    (at + 1) * n > k * side and at * n < (k + 1) * side
+                    for at, k in ((i, row), (j, column))
+                )
+            ]
+            expected.append(np.max(held, axis=0))
+    np.testing.assert_array_equal(found, np.concatenate(expected, -1))
+
+
+def test_each_layer_of_a_plain_net_scales_the_signal_by_the_root_of_its_gain():
+    """Biases are 0 and relus keep a factor, so that the logits have one of gain^(layers / 2)."""
+
+    def logits(gain):
+        model, x = tiny("msra", gain=gain)
+        variables = jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
+        return applied(model, train=False)(nn.meta.unbox(variables), x)
+
+    layers = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(parameters(thin_msra(5), 16)))
+    close(logits(2.0), 2 ** (layers / 2) * logits(1.0), rtol=1e-5, atol=1e-6)
+
+
 # --- layers ---------------------------------------------------------------------------------------
 
 
@@ -654,7 +724,7 @@ def test_a_whole_example_is_dropped_by_its_row():
     np.testing.assert_array_equal(apply(x[some], some), y[some])
 
 
-@pytest.mark.parametrize("name", ["alexnet", "inception plain"])
+@pytest.mark.parametrize("name", ["alexnet", "msra", "inception plain"])
 def test_masks_of_a_model_belong_to_the_row(name):
     """Two batches that differ in one row alone agree in every other."""
     model, x = tiny(name, dropout=0.5)
@@ -748,6 +818,10 @@ def test_variants_that_do_not_go_together_are_refused(load, config, words):
         ("cifar10_resnet:smoke", "head_std=-1.0", "not be negative"),
         ("cifar10_resnet:smoke,plain", "zero_gamma=true", "needs a shortcut"),
         ("imagenet_alexnet:smoke", "widths=(8, 8, 8)", "must hold 5 widths, or the 2 of C1"),
+        ("imagenet_msra:smoke", "gain=0.0", "must be positive"),
+        ("imagenet_msra:smoke", "pyramid=(6, 0)", "at least 1"),
+        ("imagenet_msra:smoke", "stem_pool=0", "at least 1"),
+        ("imagenet_msra:smoke", "widths=(8,)", "as long as"),
         ("imagenet_efficientnet:smoke", "width_factor=0.0", "must be positive"),
         ("imagenet_efficientnet:smoke", "drop_path=1.0", r"within \[0, 1\)"),
         ("imagenet_regnet:smoke", "depths=(1, 1)", "as long as"),

@@ -45,7 +45,7 @@ LEVELS = [
         *("data.part", "data.transforms", "data.dataset", "data.ramp", "data.skip"),
         *("data.permutation", "data.loader", "data.folds"),
         *("models.remat", "models.layers", "models.moe", "models.attention", "models.transformer"),
-        *("models.mlp", "models.alexnet", "models.inception", "models.resnet"),
+        *("models.mlp", "models.alexnet", "models.msra", "models.inception", "models.resnet"),
         *("models.efficientnet", "models.regnet"),
         *("models.vit", "models.gpt", "models.bert", "models.clip"),
         *("models.convert_rules", "models.convert_transformers", "models.convert_convnets"),

@@ -20,6 +20,7 @@ from lsdl.models.efficientnet import EfficientNet
 from lsdl.models.gpt import Gpt
 from lsdl.models.inception import Inception
 from lsdl.models.mlp import Mlp
+from lsdl.models.msra import Msra
 from lsdl.models.regnet import RegNet
 from lsdl.models.resnet import ResNet
 from lsdl.models.vit import Vit
@@ -175,6 +176,7 @@ gpt = functools.partial(Gpt, **TEXT, **LAYERS)
 vit = functools.partial(Vit, patch=2, **LAYERS, num_classes=5)
 experts = dict(num_experts=4, experts_per_token=2, capacity_factor=0.75)
 resnet = functools.partial(ResNet, depths=(3, 2), width=4, num_classes=5, stem="cifar")
+msra = functools.partial(Msra, 5, depths=(2, 1), widths=(6, 8), stem_width=4, hidden=(6, 8))
 alexnet = functools.partial(AlexNet, 5, widths=(4, 8, 6, 6, 4), hidden=(6, 8))
 MODELS = {  # and inputs
     "mlp": (functools.partial(Mlp, (6, 8, 6, 8, 6), 5, norm="batch", dropout=0.5), images(16)),
@@ -185,6 +187,7 @@ MODELS = {  # and inputs
         images(4),
     ),
     "alexnet": (alexnet, images(2, (67, 67, 3))),
+    "msra": (msra, images(2, (16, 16, 3))),
     "inception": (functools.partial(Inception, 5, width_factor=1 / 16), images(2, (32, 32, 3))),
     "efficientnet": (
         functools.partial(EfficientNet, 5, width_factor=0.3, depth_factor=0.3),

@@ -47,6 +47,7 @@ IMAGE_WORDS = [
     *("shift:2", "shift:0", "pad_crop:4", "flip", "rotate:15"),
     *("random_resized_crop:6", "random_resized_crop:3:bilinear", "resize:7", "resize:9:bilinear"),
     *("resize_small:12", "resize_small:3:bilinear", "center_crop:4"),
+    "random_crop:4",
 ]
 SIZES = [(8, 8, 1), (5, 9, 3), (12, 7, 3)]
 
@@ -250,9 +251,23 @@ def test_center_crop_takes_the_middle(size, crop):
     np.testing.assert_array_equal(found, picture[top : top + crop, left : left + crop])
 
 
-def test_an_image_that_is_too_small_is_an_error():
-    crop = parse("center_crop:6")
-    with pytest.raises(UserError, match="center_crop:6 finds an image of 5 x 9 pixels"):
+def test_a_random_crop_is_of_every_place_alike():
+    picture, crop = coordinates(5, 4), parse("random_crop:3")
+    rng, found = np.random.default_rng(0), {}
+    for _ in range(1_200):
+        part = crop({"image": picture}, rng)["image"]
+        found[part.tobytes()] = found.get(part.tobytes(), 0) + 1
+    places = {
+        picture[top : top + 3, left : left + 3].tobytes() for top in range(3) for left in range(2)
+    }
+    assert found.keys() == places
+    assert all(140 < times < 260 for times in found.values())  # of 200, each 4.6 deviations
+
+
+@pytest.mark.parametrize("word", ["center_crop", "random_crop"])
+def test_an_image_that_is_too_small_is_an_error(word):
+    crop = parse(f"{word}:6")
+    with pytest.raises(UserError, match=f"{word}:6 finds an image of 5 x 9 pixels"):
         crop({"image": image(5, 9, 3)}, None)
     with pytest.raises(UserError, match="5 x 9"):
         crop.features({"image": Leaf((5, 9, 3), np.dtype(np.uint8))})

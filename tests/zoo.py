@@ -37,6 +37,10 @@ ZOO = {
     "alexnet": (
         *("imagenet_alexnet:smoke", "model.widths=(8,16,16,16,16)", "model.hidden=(16,16)"),
     ),
+    "msra": (
+        *("imagenet_msra:smoke", "model.depths=(2,1)", "model.widths=(8,16)"),
+        *("data.transforms=('center_crop:16',)", "data.eval_transforms=('center_crop:16',)"),
+    ),
     "resnet": (
         *("imagenet_resnet50:smoke", "model.width=8", "model.depths=(1,1)", *CROP),
         "model.zero_gamma=false",
@@ -49,7 +53,7 @@ ZOO = {
     "efficientnet": ("imagenet_efficientnet:smoke", *CROP),
     "inception": ("imagenet_inception:smoke", *CROP),
 }
-CONVNETS = {"alexnet", "resnet", "resnet wide", "regnet", "efficientnet", "inception"}
+CONVNETS = {"alexnet", "msra", "resnet", "resnet wide", "regnet", "efficientnet", "inception"}
 # Plain enough that a wrong gradient shows: no clipping, no Adam, a momentum that starts as the
 # gradient, and a rate at which rounding does not grow from step to step.
 SAME = (

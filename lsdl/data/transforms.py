@@ -140,17 +140,27 @@ def resize_small(size: int, resampling: str = "bicubic") -> Transform:
 
 def center_crop(size: int) -> Transform:
     """The `size` x `size` pixels in the middle."""
+    return _crop("center_crop", size, lambda room, rng: room // 2)
+
+
+def random_crop(size: int) -> Transform:
+    """`size` x `size` pixels from a place of the image that is drawn, all places alike."""
+    return _crop("random_crop", size, lambda room, rng: rng.integers(room + 1))
+
+
+def _crop(name: str, size: int, offset: Callable) -> Transform:
+    """`offset(room, rng)` pixels are left out above and to the left, of `room` in all."""
     _positive(size=size)
 
     def shape(height, width):
         if None not in (height, width) and min(height, width) < size:
-            raise UserError(f"center_crop:{size} finds an image of {height} x {width} pixels.")
+            raise UserError(f"{name}:{size} finds an image of {height} x {width} pixels.")
         return size, size
 
     def change(image_HWC, rng):
         height, width, _ = image_HWC.shape
         shape(height, width)
-        top, left = (height - size) // 2, (width - size) // 2
+        top, left = offset(height - size, rng), offset(width - size, rng)
         return image_HWC[top : top + size, left : left + size]
 
     return _of_image(change, shape)
@@ -198,7 +208,7 @@ TRANSFORMS = {
     f.__name__: f
     for f in (
         *(shift, pad_crop, flip, rotate),
-        *(random_resized_crop, resize, resize_small, center_crop, mask),
+        *(random_resized_crop, random_crop, resize, resize_small, center_crop, mask),
     )
 }
 

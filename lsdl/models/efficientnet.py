@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models import remat
-from lsdl.models.layers import Dropout, Dtype, SqueezeExcite, batch_norm, conv, dense
+from lsdl.models.layers import Dropout, Dtype, SqueezeExcite, batch_norm, conv, dense, kept
 
 # Source: Tan and Le 2019, table 1: expansion, channels, blocks, stride, kernel size.
 STAGES = (
@@ -76,7 +76,7 @@ class InvertedBottleneck(nn.Module):
         y_BHWD = normed(y_BHWD, self.features, 1, "project")
         if self.stride == 1 and inputs == self.features:
             y_BHWD = x_BHWD + Dropout(self.drop_path, self.train, whole=True)(y_BHWD)
-        return nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None))
+        return kept(nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None)))
 
 
 class EfficientNet(nn.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lsdl.models import remat
-from lsdl.models.layers import Dtype, SqueezeExcite, batch_norm, conv, dense
+from lsdl.models.layers import Dtype, SqueezeExcite, batch_norm, conv, dense, kept
 
 # Source: Radosavovic et al. 2020, figure 16, as stages.
 SIZES = {
@@ -51,7 +51,7 @@ class Block(nn.Module):
         if self.stride != 1 or inputs != self.features:
             x_BHWD = normed(x_BHWD, 1, self.stride, "shortcut")
         y_BHWD = nn.relu(x_BHWD + y_BHWD)
-        return nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None))
+        return kept(nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None)))
 
 
 class RegNet(nn.Module):

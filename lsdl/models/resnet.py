@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from lsdl.errors import UserError
 from lsdl.models import remat
-from lsdl.models.layers import Dropout, Dtype, conv, dense, feature_norm, lecun_normal
+from lsdl.models.layers import Dropout, Dtype, conv, dense, feature_norm, kept, lecun_normal
 
 # What the fields that are words may be.
 WORDS = {
@@ -100,7 +100,7 @@ class ResidualBlock(nn.Module):
         if self.shortcut != "none":
             y_BHWD = self._skip(x_BHWD) + y_BHWD
         y_BHWD = y_BHWD if preact else nn.relu(y_BHWD)
-        return nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None))
+        return kept(nn.with_logical_constraint(y_BHWD, ("conv_batch", None, None, None)))
 
     def _reshapes(self, x_BHWD):
         return self.stride > 1 or self.features != x_BHWD.shape[-1]

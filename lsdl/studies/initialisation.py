@@ -92,16 +92,28 @@ HE, INVERSE, DOUBLE = 2.0, 1.0, 4.0  # the variances, times n
 RATES, EPOCHS = {22: 0.003, 30: 0.001}, {22: 60, 30: 30}
 SYMMETRIC = {"width": 32, "rate": 0.02, "epochs": 10}
 
+PUBLISHED = {
+    ("14", "he"): "33.82/13.34 % top-1/top-5 error",
+    ("14", "inverse"): "33.90/13.44 % top-1/top-5 error",
+    ("22", "he"): "learns, and before the other",
+    ("22", "inverse"): "learns",
+    ("30", "he"): "38.56/16.59 % top-1/top-5 error",
+    ("30", "inverse"): "stalls",
+}
+
 
 def cells(scale: str, seeds: int) -> list[Cell]:
     """Two depths, and units that start alike; at full scale the published errors."""
     if scale == "full":
-        he = "top-1/top-5 error {} (He et al. 2015)"
         return [
-            Cell("he-14", {"layers": 14}, published=he.format("33.82/13.34, 33.90/13.44 with 1/n")),
-            Cell("he-22", {"layers": 22}, published="both learn, He's first (He et al. 2015)"),
-            Cell("he-30", {"layers": 30}, published=he.format("38.56/16.59, 1/n stalls")),
-            Cell("cifar10-plain-56", {"layers": 56}, "cifar10_resnet:56,plain", published="none"),
+            Cell(
+                f"{layers}-{name}",
+                {},
+                f"configs/imagenet_msra.py:{layers}" + ",inverse" * (name == "inverse"),
+                {},
+                f"{result} (He et al. 2015)",
+            )
+            for (layers, name), result in PUBLISHED.items()
         ]
     depths = [Cell(f"depth-{depth}", {"depth": depth, "seeds": seeds}) for depth in RATES]
     return [*depths, Cell("symmetry", {"depth": 2, "seeds": seeds})]
