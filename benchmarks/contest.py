@@ -172,13 +172,14 @@ def _told(
     own = statistics.median(round["ours"] for round in times)
     found = {
         "match": match.title,
-        "device": _device(match.kind),
+        "device": record.machine(match.kind),
         "peer": peer,
         "peer_commit": peer and told[peer]["version"],
         "lsdl": {
             "step_s": own,
             f"{match.unit}_per_s": units / own,
             "model_flops_per_s": told["ours"]["flops_per_step"] / own,
+            **mfu(told["ours"], own),
             "planned_bytes": told["ours"]["planned_bytes"],
             "peak_bytes": peaks["ours"],
             "ready_s": told["ours"]["ready_s"],
@@ -205,9 +206,8 @@ def _told(
     return found
 
 
-def _device(kind: str) -> str:
-    if kind == "cpu":
-        return record.processor()
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-    return f"1 {names[0].strip() or 'GPU'}"
+def mfu(told: Mapping[str, Any], step_s: float) -> dict[str, float]:
+    """Shares of the peak, causal attention counted whole (as in PaLM) or half; {}: unknown."""
+    counts = {"mfu": told["flops_per_step"], "mfu_causal": told["causal_flops_per_step"]}
+    peak = told["peak_flops_per_s"]
+    return {name: flops / step_s / peak for name, flops in counts.items() if peak and flops}

@@ -48,12 +48,15 @@ def gpt(
     heads: int,
     peers: tuple[str, ...],
     steps: int,
+    mlp: int = 0,
+    activation: str = "",
     more: tuple[str, ...] = (),
 ) -> Match:
-    """A GPT in GPT-2's form on windows of random tokens; on a GPU in bfloat16."""
+    """A GPT, by default in GPT-2's form, on windows of random tokens; on a GPU in bfloat16."""
     gpu = kind == "gpu"
-    activation = "gelu_tanh" if gpu else "gelu"
-    sizes = {"num_layers": layers, "width": width, "num_heads": heads, "mlp_dim": 4 * width}
+    activation = activation or ("gelu_tanh" if gpu else "gelu")
+    sizes = {"num_layers": layers, "width": width, "num_heads": heads}
+    sizes |= {"mlp_dim": mlp or 4 * width}
     sizes |= {"max_length": length, "vocab_size": vocab, "vocab_padded": vocab}
     return Match(
         kind,
@@ -124,6 +127,12 @@ MATCHES = {
         **dict(kind="gpu", batch=8, length=1024, vocab=50_304, layers=48, width=1600, heads=25),
         **dict(peers=("nanogpt",), steps=5),
     ),
+    "llama_1b": gpt(
+        *("LLaMA of 1.1B, 8 x 2,048 tokens, bfloat16, AdamW", "configs/lm_llama.py:110m,smoke"),
+        **dict(kind="gpu", batch=8, length=2048, vocab=32_000, layers=16, width=2048, heads=16),
+        **dict(mlp=7168, activation="silu", more=("model.kv_heads=16", "model.tied=False")),
+        **dict(peers=("huggingface",), steps=5),
+    ),
     "vit_b16": Match(
         "gpu",
         "ViT-B/16, 256 images of 224 x 224, bfloat16, AdamW",
@@ -134,6 +143,20 @@ MATCHES = {
         ),
         ("timm_vit",),
         dict(batch=256, classes=1000) | RGB | ADAMW,
+        unit="images",
+        steps=10,
+        close=0.05,
+    ),
+    "resnet50": Match(
+        "gpu",
+        "ResNet-50, 256 images of 224 x 224, bfloat16, AdamW",
+        "configs/imagenet_resnet50.py:256",
+        (
+            *_ADAMW,
+            *("optim.schedule.scaling=none", "optim.schedule.base_batch=0", "precision=bfloat16"),
+        ),
+        ("timm_resnet",),
+        dict(batch=256, classes=1000, depths=(3, 4, 6, 3)) | RGB | ADAMW,
         unit="images",
         steps=10,
         close=0.05,

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,15 @@ def processor() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}"
 
 
+def machine(kind: str) -> str:
+    """What benchmarks of a `kind`, cpu | gpu, run on; no device is touched."""
+    if kind == "cpu":
+        return processor()
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
+    return f"1 {names[0].strip() or 'GPU'}"
+
+
 def device() -> str:
     import jax
 
@@ -64,11 +74,11 @@ def parser(name: str, *, pairs: int) -> argparse.ArgumentParser:
 
 
 def tell(found: dict[str, Any], out: Path | None) -> int:
-    """Print it, and write it to `out` in the place of one of the same match and peer; exit code."""
+    """Print it, and write it to `out` in the place of one of the same match, device and peer."""
     print(json.dumps(found, indent=1))
     if out:
         before = json.loads(out.read_text()) if out.exists() else []
-        about = lambda one: (one["match"], one["peer"])  # noqa: E731
+        about = lambda one: [one.get(key) for key in ("match", "device", "peer")]  # noqa: E731
         kept = [one for one in before if about(one) != about(found)]
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps([*kept, found], indent=1) + "\n")

@@ -37,7 +37,7 @@ def main() -> int:
     warm, cold = zip(*times, strict=True)
     found = {
         "match": f"{arguments.config}, from the process's start to the first step's end",
-        "device": record.processor(),
+        "device": record.machine("gpu" if shutil.which("nvidia-smi") else "cpu"),
         "peer": "the same with nothing compiled before",
         "lsdl": {"start_s": statistics.median(warm)},
         "theirs": {"start_s": statistics.median(cold)},

@@ -1,7 +1,7 @@
 """Write benchmarks/README.md from what was measured: `python -m benchmarks.table`.
 
-A line for each match and peer; "not yet run" where no JSON lies in benchmarks/results. What people
-wrote around the table stays.
+A line for each match and peer, and for what is to be measured on a GPU besides; "not yet run" where
+no JSON lies in benchmarks/results. What people wrote around the tables stays.
 """
 
 import json
@@ -9,23 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import bracket, capacity
 from benchmarks.matches import MATCHES
 
 FOLDER = Path(__file__).parent
 DOCUMENT, RESULTS = FOLDER / "README.md", FOLDER / "results"
 BEGIN, END = "<!-- {}: made by python -m benchmarks.table -->", "<!-- end of {} -->"
-HEAD = ("match", "machine", "peer", "lsdl", "theirs", "time, lsdl / theirs", "n", "date", "commit")
+HEAD = (
+    *("match", "machine", "peer", "lsdl", "theirs", "time, lsdl / theirs"),
+    *("lsdl's MFU (causal)", "n", "date", "commit"),
+)
 
 ALONE = (
-    "benchmark",
-    "machine",
-    "beside",
-    "time, lsdl / that",
-    "cores' time",
-    "n",
-    "date",
-    "commit",
+    *("benchmark", "machine", "beside", "time, lsdl / that", "cores' time"),
+    *("n", "date", "commit"),
 )
+ON_GPU = ("save", "start")  # of those, what is to be measured there as well
+PLANNED = ("benchmark", "machine", "planned", "measured", "measured / planned", "date", "commit")
+PLANS = {"bracket": bracket, "capacity": capacity}
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -58,10 +59,19 @@ def cells(name: str, match, peer: str, one: dict[str, Any] | None) -> list[str]:
         f"{peer} {one['peer_commit']}",
         *sides,
         share(ratio),
+        mfu(one["lsdl"]),
         f"{one['n']}{dropped}",
         one["date"][:10],
         one["commit"][:7],
     ]
+
+
+def mfu(own: dict[str, Any]) -> str:
+    """In percent; in brackets with half of causal attention, where that is another number."""
+    if "mfu" not in own:
+        return ""
+    whole, causal = (f"{100 * own[name]:.1f} %" for name in ("mfu", "mfu_causal"))
+    return whole if whole == causal else f"{whole} ({causal})"
 
 
 def alone(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -72,6 +82,21 @@ def alone(results: dict[str, list[dict[str, Any]]]) -> str:
             about = [f"`{name}`: {one['match']}", one["device"], one["peer"]]
             shares = [share(one[ratio]) if ratio in one else "" for ratio in ("ratio", "cpu_ratio")]
             lines.append(row([*about, *shares, one["n"], one["date"][:10], one["commit"][:7]]))
+        if name in ON_GPU and not any("NVIDIA" in one["device"] for one in found):
+            lines.append(row([f"`{name}`, on a GPU", "", "", "not yet run", *[""] * 4]))
+    return "\n".join(lines)
+
+
+def planned(results: dict[str, list[dict[str, Any]]]) -> str:
+    """`results`: what was measured of what the planner says, by the benchmark's name."""
+    lines = [row(PLANNED), row(["---"] * len(PLANNED))]
+    for name, benchmark in PLANS.items():
+        found = {one["match"]: one for one in results.get(name, [])}
+        for title in benchmark.titles():
+            said = ["", "", "not yet run", *[""] * 3]
+            if one := found.get(title):
+                said = [one["device"], *benchmark.cells(one), one["date"][:10], one["commit"][:7]]
+            lines.append(row([f"`{name}`: {title}", *said]))
     return "\n".join(lines)
 
 
@@ -83,7 +108,11 @@ def share(ratio: dict[str, float]) -> str:
 
 def document(text: str) -> str:
     """`text`, the tables in it made anew."""
-    made = {"matches": table(read(RESULTS)), "lsdl alone": alone(read(RESULTS / "alone"))}
+    made = {
+        "matches": table(read(RESULTS)),
+        "plans": planned(read(RESULTS / "planned")),
+        "lsdl alone": alone(read(RESULTS / "alone")),
+    }
     for name, lines in made.items():
         begin, end = BEGIN.format(name), END.format(name)
         before, after = text.split(begin)[0], text.split(end)[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import contest, jpegs, loader, record, run, table
+from benchmarks import bracket, contest, jpegs, loader, record, run, table
 from benchmarks.matches import MATCHES
 
 RESULTS = sorted(table.RESULTS.glob("*.json"))
@@ -37,7 +37,10 @@ class Player:
 
 
 TOLD = {
-    "ours": {"flops_per_step": 100, "planned_bytes": 6, "ready_s": 1.0},
+    "ours": {
+        **{"flops_per_step": 100, "causal_flops_per_step": 80, "peak_flops_per_s": None},
+        **{"planned_bytes": 6, "ready_s": 1.0},
+    },
     "nanogpt": {"version": "3adf61e", "ready_s": 1.0, "parameters": 5, "versions": {"torch": "2"}},
 }
 
@@ -59,6 +62,13 @@ def test_a_ratio_is_our_time_over_theirs(quiet):
     assert found["lsdl"]["tokens_per_s"] == 12 * 64 / 2.0
     assert found["lsdl"]["model_flops_per_s"] == 50
     assert found["theirs"]["step_s"] == 4.0
+    assert "mfu" not in found["lsdl"]  # of a CPU no peak is known
+
+
+def test_mfu_is_a_share_of_the_peak_with_causal_attention_whole_or_half():
+    known = TOLD["ours"] | {"peak_flops_per_s": 400}
+    assert contest.mfu(known, 0.5) == {"mfu": 0.5, "mfu_causal": 0.4}
+    assert table.mfu(contest.mfu(known, 0.5)) == "50.0 % (40.0 %)"
 
 
 def test_what_computes_something_else_is_not_timed(quiet):
@@ -97,6 +107,10 @@ def test_results_say_where_they_come_from(path):
         assert 0 < one["ratio"]["min"] <= one["ratio"]["median"] <= one["ratio"]["max"]
         for field in ("device", "peer_commit", "versions", "command", "commit", "date"):
             assert one[field], field
+        if target := bracket.on(one["device"]):
+            own, peak = one["lsdl"], target.flops_per_s("bfloat16")
+            assert own["mfu"] * peak == pytest.approx(own["model_flops_per_s"])
+            assert 0 < own["mfu_causal"] <= own["mfu"] < 1
 
 
 @pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
@@ -111,14 +125,14 @@ def test_results_of_lsdl_alone_say_where_they_come_from(path):
             assert one[field], field
 
 
-def test_a_result_takes_the_place_of_one_of_the_same_match_and_peer(tmp_path, capsys):
+def test_a_result_takes_the_place_of_one_of_the_same_match_device_and_peer(tmp_path, capsys):
     out = tmp_path / "alone" / "loop.json"
-    told = (("a", "x", 1), ("b", "x", 2), ("a", "x", 3), ("a", "y", 4))
-    for match, peer, ratio in told:
-        assert record.tell({"match": match, "peer": peer, "ratio": ratio}, out) == 0
-    kept = {(one["match"], one["peer"]): one["ratio"] for one in json.loads(out.read_text())}
-    assert kept == {("a", "x"): 3, ("b", "x"): 2, ("a", "y"): 4}
-    assert capsys.readouterr().out.count('"match"') == 4
+    told = (("a", "c", "x"), ("b", "c", "x"), ("a", "c", "x"), ("a", "c", "y"), ("a", "g", "x"))
+    for ratio, (match, device, peer) in enumerate(told):
+        one = {"match": match, "device": device, "peer": peer, "ratio": ratio}
+        assert record.tell(one, out) == 0
+    assert [one["ratio"] for one in json.loads(out.read_text())] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count('"match"') == 5
 
 
 def test_a_ratio_of_pairs_is_that_of_each_pair():

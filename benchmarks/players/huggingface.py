@@ -1,5 +1,6 @@
-"""transformers' GPT-2 and ViT, with PyTorch's scaled_dot_product_attention."""
+"""transformers' models; attention is PyTorch's scaled_dot_product_attention."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,25 +9,26 @@ import transformers
 from benchmarks.players.torch_steps import Player as Steps
 from benchmarks.players.torch_steps import given, of_images
 
-DROPOUT = {
-    "GPT2LMHeadModel": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    "ViTForImageClassification": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+_SDPA = {"attn_implementation": "sdpa"}
+FIELDS = {
+    "GPT2LMHeadModel": _SDPA
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    | {"use_cache": False},
+    "LlamaForCausalLM": _SDPA | {"use_cache": False},
+    "ViTForImageClassification": _SDPA
+    | dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    "ResNetForImageClassification": {},
 }
 
 
 def Player(match, folder: Path) -> Steps:
     """The model of a match, from lsdl's initial parameters."""
     _, batches = given(match, folder)
-    images = "image" in batches[0]
-    name = "ViTForImageClassification" if images else "GPT2LMHeadModel"
+    (name,) = json.loads((folder / "weights" / "config.json").read_text())["architectures"]
     model = getattr(transformers, name).from_pretrained(
-        folder / "weights",
-        attn_implementation="sdpa",
-        dtype=torch.float32,
-        **dict.fromkeys(DROPOUT[name], 0.0),
-        **({} if images else {"use_cache": False}),
+        folder / "weights", dtype=torch.float32, **FIELDS[name]
     )
-    loss = of_images(match, of_pixels) if images else of_tokens
+    loss = of_images(match, of_pixels) if "image" in batches[0] else of_tokens
     return Steps(match, model, batches, loss, version=transformers.__version__)
 
 

@@ -7,10 +7,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from benchmarks.matches import Match
+from lsdl import prediction
 from lsdl.errors import UserError
 from lsdl.models import convert
-from lsdl.planner.count import count, recomputed
-from lsdl.rundir import commit, versions
+from lsdl.rundir import commit
 from lsdl.source import Source
 from lsdl.step import variables_of
 from lsdl.weights import write
@@ -25,23 +25,19 @@ class Player:
         flags = tuple(f"--config.{flag}" for flag in match.overrides)
         experiment = Source(match.config, flags).build()
         self._experiment = experiment
-        program, batch = experiment.phases[0].train_step, experiment.abstract_batch
-        state = experiment.abstract_state
-        flops = count(program.trace(state, batch))
+        phase, batch = experiment.phases[0], experiment.abstract_batch
+        self._step = phase.train_step.lower(experiment.abstract_state, batch).compile()
+        plan = prediction.make(experiment, {phase.first_step: self._step})
+        causal = plan.get("analytic", {}).get("model_flops_causal_per_example")
         self.told = {
             "version": commit(),
-            "parameters": experiment.num_parameters,
-            "flops_per_step": flops.total() - recomputed(flops),
-            "versions": versions(),
+            "parameters": plan["parameters"],
+            "flops_per_step": plan["batch_size"] * plan["model_flops_per_example"],
+            "causal_flops_per_step": causal and plan["batch_size"] * causal,
+            "peak_flops_per_s": plan.get("peak_flops_per_s"),
+            "planned_bytes": plan["compiled"]["needed_bytes"],
+            "versions": plan["versions"],
         }
-        self._step = program.lower(state, batch).compile()
-        memory = self._step.memory_analysis()
-        self.told["planned_bytes"] = (
-            memory.argument_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
         self._state = experiment.init()
         self._batches = [
             jax.device_put(each, jax.tree.map(lambda x: x.sharding, dict(batch)))

@@ -1,12 +1,11 @@
-"""timm's ViT-B/16, channels last."""
+"""timm's ViT-B/16."""
 
 from pathlib import Path
 
-import timm
 import torch
 
+from benchmarks.players.timm_model import Tensors, player
 from benchmarks.players.torch_steps import Player as Steps
-from benchmarks.players.torch_steps import given, of_images
 
 BLOCK = {  # of Hugging Face's ViT: timm's
     "layernorm_before": "norm1",
@@ -17,9 +16,10 @@ BLOCK = {  # of Hugging Face's ViT: timm's
 }
 
 
-def renamed(tensors: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+def renamed(tensors: Tensors) -> Tensors:
     """Hugging Face's ViT's tensors under timm's names."""
     at = lambda name: tensors[f"vit.{name}"]  # noqa: E731
+    layers = sum(name.endswith("query.weight") for name in tensors)
     made = {
         "cls_token": at("embeddings.cls_token"),
         "pos_embed": at("embeddings.position_embeddings"),
@@ -39,9 +39,4 @@ def renamed(tensors: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Te
 
 def Player(match, folder: Path) -> Steps:
     """The ViT of a match, from lsdl's initial parameters."""
-    tensors, batches = given(match, folder)
-    model = timm.create_model("vit_base_patch16_224", num_classes=match.fixed["classes"])
-    model.load_state_dict(renamed(tensors, len(model.blocks)))
-    model = model.to(memory_format=torch.channels_last)
-    loss = of_images(match, lambda model, pixels: model(pixels))
-    return Steps(match, model, batches, loss, version=f"timm {timm.__version__}")
+    return player(match, folder, "vit_base_patch16_224", renamed)

@@ -30,18 +30,22 @@ KINDS = (
 )
 
 
+def row(name: str) -> table.Device | None:
+    """The table's row of what jax, or the driver, calls a device; None if it has none."""
+    found = next(((kind, key) for form, kind, key in KINDS if re.search(form, name)), None)
+    try:
+        return found and table.find(*found)
+    except UserError:  # a generation that the table has no row of
+        return None
+
+
 def target(devices: Sequence[Any]) -> Target | None:
     """`devices` (jax's, all alike) as a target; None if the table does not know them.
 
     GPUs are taken to fill their nodes, TPU chips to be the box that their coordinates span.
     """
-    name = devices[0].device_kind
-    row = next(((kind, key) for form, kind, key in KINDS if re.search(form, name)), None)
-    if row is None:
-        return None
-    try:
-        device = table.find(*row)
-    except UserError:  # a generation that the table has no row of
+    device = row(devices[0].device_kind)
+    if device is None:
         return None
     if device.kind == "gpu":
         node = min(len(devices), int(device.node_devices.value))

@@ -4,6 +4,7 @@ With `--rewrite-golden` it stores the small ones, for tests/test_convert.py, whi
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import math
 import os
@@ -19,7 +20,7 @@ import torch
 import transformers
 
 from benchmarks.matches import MATCHES
-from benchmarks.players import huggingface, ours, torch_resnet
+from benchmarks.players import ours
 from lsdl import weights as files
 from lsdl.checkpoint import load_weights
 from lsdl.convert import main as convert_main
@@ -183,20 +184,53 @@ def test_a_gpt2_is_read_trained_on_and_given_back(tmp_path, train, load):
     assert difference(before, after) > 100 * LIMIT
 
 
-@pytest.mark.parametrize("name", ["vit_ti", "gpt_4x128", "resnet20"])
-def test_the_players_of_a_contest_take_the_same_steps(name, tmp_path):
+SMALL = {  # of a match: overrides, and what its peers are told of them
+    "vit_ti": (["batch_size=16", "model.num_layers=2"], {}),
+    "gpt_4x128": (["batch_size=16", "model.num_layers=2"], {"layers": 2}),
+    "resnet20": (["batch_size=16", "model.depths=(1,1,1)"], {"depth": 8}),
+    "llama_1b": (
+        [
+            *("batch_size=8", "data.seq_len=32", "model.max_length=32", "precision=float32"),
+            *("model.num_layers=2", "model.width=64", "model.num_heads=4", "model.kv_heads=2"),
+            *("model.mlp_dim=160", "model.vocab_size=256", "model.vocab_padded=256"),
+        ],
+        {},
+    ),
+    "resnet50": (
+        [
+            *("batch_size=8", "model.depths=(1,2,1,1)", "precision=float32"),
+            "data.transforms=('random_resized_crop:64','flip')",
+            "data.eval_transforms=('center_crop:64',)",
+        ],
+        {"depths": (1, 2, 1, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [
+        ("vit_ti", "huggingface"),
+        ("gpt_4x128", "huggingface"),
+        ("resnet20", "torch_resnet"),
+        ("llama_1b", "huggingface"),
+        ("resnet50", "huggingface"),
+        ("resnet50", "timm_resnet"),
+    ],
+)
+def test_the_players_of_a_contest_take_the_same_steps(name, peer, tmp_path):
     """What the benchmarks time is the same computation, from the same parameters."""
-    match = MATCHES[name]
-    smaller = [
-        "batch_size=16",
-        "model.depths=(1,1,1)" if "depth" in match.fixed else "model.num_layers=2",
-    ]
+    if peer.startswith("timm"):
+        pytest.importorskip("timm")
+    smaller, told = SMALL[name]
     match = dataclasses.replace(
-        match,
-        overrides=(*match.overrides, *smaller),
-        fixed=match.fixed | {"layers": 2, "depth": 8, "compile": False},
+        MATCHES[name],
+        kind="cpu",
+        overrides=(*MATCHES[name].overrides, *smaller),
+        fixed=MATCHES[name].fixed | told | {"compile": False},
+        close=1e-3,
     )
-    peer = torch_resnet if name == "resnet20" else huggingface
+    peer = importlib.import_module(f"benchmarks.players.{peer}")
     losses = []
     for player in (ours.Player(match, tmp_path), peer.Player(match, tmp_path)):
         losses.append([])
