@@ -10,6 +10,7 @@ JSON: ratio = the peak that was measured / the bytes that were planned.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from lsdl.errors import UserError, refuse
 POLICIES = ("none", "dots", "dots_no_batch", "full")
 FRACTION = 0.95  # of a device's memory, which a program may have
 ON_A_LINE = 4  # compilations that are guessed so
-NEIGHBOURS = 3  # tried above what was planned, or below
+PERCENT = (1, 2, 3)  # above what was planned, or below, that is tried
 Tried = dict[str, Any]  # what a process told: limit_bytes, needed_bytes, peak_bytes
 
 
@@ -153,12 +154,12 @@ def _on_the_line(seen: dict[int, int | None], limit_bytes: int) -> int | None:
 
 
 def nearest(runs: Callable[[int], bool], number: int) -> int:
-    """The largest that runs of `number` and `NEIGHBOURS` numbers beside it, 0 if none does."""
+    """The largest that runs of `number` and those 1, 2 and 3 % beside it, 0 if none does."""
+    apart = [max(percent, percent * number // 100) for percent in PERCENT]
     if runs(number):
-        above = range(number + 1, number + NEIGHBOURS + 1)
-        return next((n for n in above if not runs(n)), above[-1] + 1) - 1
-    below = range(number - 1, max(0, number - NEIGHBOURS - 1), -1)
-    return next((n for n in below if runs(n)), 0)
+        above = [number + more for more in apart]
+        return max(itertools.takewhile(runs, above), default=number)
+    return next((number - less for less in apart if less < number and runs(number - less)), 0)
 
 
 def planned(file: str, flags: list[str], *, target: str) -> Tried:

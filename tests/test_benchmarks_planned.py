@@ -92,8 +92,12 @@ def test_on_a_line_four_compilations_are_enough():
 
 @pytest.mark.parametrize("real", [0, 6, 7, 9, 10, 11, 13, 20])
 def test_of_the_neighbours_the_largest_that_runs(real):
-    found = capacity.nearest(lambda n: n <= real, 10)
-    assert found == (min(real, 13) if real >= 7 else 0)
+    assert capacity.nearest(lambda n: n <= real, 10) == (min(real, 13) if real >= 7 else 0)
+    # Of many the neighbours are 1, 2 and 3 % away.
+    there = [970, 980, 990, 1000, 1010, 1020, 1030]
+    found = capacity.nearest(lambda n: n <= 100 * real, 1000)
+    assert found == max((n for n in there if n <= 100 * real), default=0)
+    assert capacity.nearest(lambda n: n < 1, 1) == 0
 
 
 CASE = capacity.Case("GPT: rows", "configs/x.py", "batch_size", 4, flags=())
