@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import bracket, capacity, record, save, table
 from benchmarks.matches import MATCHES
-from lsdl.planner import compiled
+from lsdl.planner import compiled, present
 from lsdl.source import Source
 
 GPU = [name for name, match in MATCHES.items() if match.kind == "gpu"]
@@ -141,6 +141,23 @@ def test_a_cpu_is_told_to_be_none(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["capacity", "height"])
     assert capacity.main() == 2
     assert "There is no case 'height': choose from batch, layers." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["RESOURCE_EXHAUSTED: out of memory", "INTERNAL: a bug"])
+def test_that_memory_runs_out_is_an_answer_and_nothing_else_is(monkeypatch, capsys, words):
+    def step(file, flags):
+        yield {"needed_bytes": 7}
+        raise jax.errors.JaxRuntimeError(words)
+
+    monkeypatch.setattr(present, "memory_bytes", lambda: 9)
+    monkeypatch.setattr(capacity, "step", step)
+    if words.startswith("RESOURCE"):
+        capacity.work("f", [])
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+            capacity.work("f", [])
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told == [{"limit_bytes": 9, "device": "cpu"}, {"needed_bytes": 7}]
 
 
 def test_a_step_is_taken_of_what_was_compiled():
