@@ -2,15 +2,18 @@
 
 Shape letters: B rows on this device (under `jit`: of the whole microbatch), N rows of all
 devices, L length, D embed, V vocabulary (padded), E shared embedding, c rows or positions of a
-chunk.
+chunk, S parts of the batch.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Sums = dict[str, jax.Array]
 
@@ -73,11 +76,11 @@ def token_cross_entropy(
     """
     table_VD = table_VD.astype(hidden_BLD.dtype)
 
-    def sums(hidden_BLD, target_BL, weight_BL) -> Sums:
+    def sums(table_VD, bias_V, hidden_BLD, target_BL, weight_BL, *, placed=_placed) -> Sums:
         logits_BLV = _project(hidden_BLD, table_VD)
         if bias_V is not None:
             logits_BLV += bias_V.astype(jnp.float32)[None, None]
-        logits_BLV = nn.with_logical_constraint(logits_BLV, ("batch", "length", "vocab"))
+        logits_BLV = placed(logits_BLV)
         token_V = jnp.arange(len(table_VD))[None, None]
         logits_BLV = jnp.where(token_V >= vocab_size, -1e30, logits_BLV)
         log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
@@ -93,15 +96,51 @@ def token_cross_entropy(
 
     length = target_BL.shape[1]
     if not 0 < chunk < length:
-        return sums(hidden_BLD, target_BL, weight_BL)
+        return sums(table_VD, bias_V, hidden_BLD, target_BL, weight_BL)
     missing = -length % chunk
+    axes = _batch_axes(len(target_BL))
+    number = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+    def spread(x):
+        """One of `x` for each part of the batch: their gradients meet after the last chunk."""
+        parts = jnp.broadcast_to(x, (number, *x.shape))
+        names = ("batch", "vocab", None)[: parts.ndim] if axes else (None,) * parts.ndim
+        return nn.with_logical_constraint(parts, names)
 
     def split(x_BL):
         x_BL = jnp.pad(x_BL, ((0, 0), (0, missing), *((0, 0),) * (x_BL.ndim - 2)))
         # Strided, so that each chunk is spread over all devices that the length is split over.
         return jnp.moveaxis(x_BL.reshape(len(x_BL), chunk, -1, *x_BL.shape[2:]), 2, 0)
 
-    return _chunked(sums, jax.tree.map(split, (hidden_BLD, target_BL, weight_BL)))
+    own = jax.tree.map(spread, (table_VD, bias_V))
+    alone = functools.partial(sums, placed=_placed_alone if axes else _placed)
+    each = jax.vmap(alone, spmd_axis_name=axes or None)
+
+    def part(*chunk):
+        return each(*own, *(x.reshape(number, -1, *x.shape[1:]) for x in chunk))
+
+    parts = _chunked(part, jax.tree.map(split, (hidden_BLD, target_BL, weight_BL)))
+    return jax.tree.map(lambda part_S: part_S.sum(), parts)
+
+
+def _batch_axes(rows: int) -> tuple[str, ...]:
+    """The mesh axes that split a batch of `rows`, where the partitioner is XLA's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    (axes,) = nn.logical_to_mesh_axes(("batch",))
+    if mesh.empty or not axes:
+        return ()
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    return axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+
+def _placed(logits_BLV: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(logits_BLV, ("batch", "length", "vocab"))
+
+
+def _placed_alone(logits_BLV: jax.Array) -> jax.Array:
+    """Of one part of the batch, under `vmap`."""
+    _, *rest = nn.logical_to_mesh_axes(("batch", "length", "vocab"))
+    return lax.with_sharding_constraint(logits_BLV, PartitionSpec(None, *rest))
 
 
 def _of_all_devices(tree):

@@ -18,6 +18,7 @@ from lsdl.plan import main
 from lsdl.planner import collectives, hlo
 from lsdl.sharding import mesh as meshes
 from tests.conftest import CONFIGS
+from tests.zoo import small
 
 GRID = {"data": 2, "fsdp": 2, "tensor": 2}
 ADD = """
@@ -487,6 +488,18 @@ def test_dp_by_shard_map_is_one_all_reduce_of_the_parameters(load):
         assert found["count"] == 1
         assert found["lower_bound_bytes"] == 2 * 3 / 4 * parameters
         assert 0 <= found["bytes"] - parameters <= 32  # loss, weight and metrics
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_loss_in_many_chunks_sends_what_one_in_two_does(load, name):
+    """The gradients of the table and of its bias are summed over devices after the last chunk."""
+
+    def sent(chunk):
+        config = small(load, name, "rules=fsdp", "mesh=fsdp=4", f"loss.chunk={chunk}")
+        *_, total = collectives.of_experiment(experiment.build(config, devices=jax.devices()[:4]))
+        return total["wire_bytes"]
+
+    assert sent(1) == sent(4) > 0
 
 
 # The command

@@ -105,8 +105,7 @@ def environment(kind: str, *, devices: int, given: Mapping[str, str], dump: Path
             "TPU_LIBRARY_PATH": str(place / FILES["libtpu"]),
             "TPU_SKIP_MDS_QUERY": "1",  # it would ask the cloud what machine this is, and wait
             # The program that runs is scheduled with more care and takes several times as long to
-            # compile. Its memory and its collectives are these within a few percent, but for sums
-            # that it takes out of loops: the gradient of a chunked loss's table, once for a chunk.
+            # compile. Its memory is this within a tenth.
             "JAX_OPTIMIZATION_LEVEL": "O0",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process refuses to start
         }
