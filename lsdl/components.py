@@ -19,6 +19,7 @@ from lsdl.data import dataset
 from lsdl.data.dataset import SPLITS, Dataset
 from lsdl.errors import UserError, nearest
 from lsdl.models import attention, remat
+from lsdl.optim.chain import SOLVERS
 from lsdl.rundir import RunDir
 from lsdl.sharding import partition, pipeline, sequence, splash
 
@@ -202,11 +203,14 @@ def _splits_length(mesh: Mesh | AbstractMesh | None) -> bool:
 
 
 def _make_attention(config: ConfigDict, mesh: Mesh | AbstractMesh | None, dtype: jnp.dtype):
-    """Over a length that `mesh` splits, or by its devices' kernel; None: the model's own."""
+    """Over a length that `mesh` splits, or by its devices' kernel; None: the model's own.
+
+    A kernel's gradient has no derivative, which Newton's methods ask for.
+    """
     form = choice("sequence_attention", config.sequence_attention, sequence.FORMS)
     if _splits_length(mesh):
         return sequence.make_attention(mesh, form)
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, Mesh) or {config.optim.name, config.optim.switch.name} & set(SOLVERS):
         return None
     device = mesh.devices.flat[0]
     if device.platform == "tpu" and attention.has_kernel("tpu", device.device_kind, dtype):

@@ -14,11 +14,25 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from lsdl import experiment
 from lsdl.models import attention
 from lsdl.planner.count import count
 from tests.tiny import close, jit
 
 B, L, H, G, K = 2, 6, 4, 2, 16
+
+
+@pytest.mark.parametrize("optim", ["adamw", "newton_cg", "ggn_cg"])
+def test_newtons_methods_differentiate_no_kernel(load, optim):
+    damped = (
+        ()
+        if optim == "adamw"
+        else ("optim.damping=0.1", "optim.weight_decay=0.0", "optim.clip_norm=0.0")
+    )
+    config = load("digits_vit:smoke", "mesh=data=1", f"optim.name={optim}", *damped)
+    with mock.patch.object(attention, "kernel", return_value=attention.cudnn):
+        module = experiment.build(config, devices=jax.devices()[:1]).module
+    assert (module.attention is attention.cudnn) == (optim == "adamw")
 
 
 @pytest.fixture
