@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from lsdl.data import captions, folder, sources
 from lsdl.data.digits import SPLITS, split_ids
 from lsdl.data.readers import in_memory
-from lsdl.errors import UserError
+from lsdl.errors import DataError, NoDataError, UserError
 from lsdl.experiment import build
 
 ORIGINAL = load_digits()
@@ -450,7 +450,8 @@ class Small(tfds.core.GeneratorBasedBuilder):
         pixels = np.random.RandomState(0).randint(256, size=(64, 16, 16, 3)).astype(np.uint8)
         for i in range(start, stop):
             file = io.BytesIO()
-            Image.fromarray(pixels[i]).save(file, "PNG")
+            odd = self.name == "odd_pictures" and i == 3
+            Image.fromarray(pixels[i][:12] if odd else pixels[i]).save(file, "PNG")
             file.seek(0)
             yield i, {"image": file, "label": i % 4, "id": i}
 
@@ -551,6 +552,34 @@ def test_a_set_on_disk_without_images_says_so(tmp_path, small_folder, monkeypatc
         sources.card("tfds:small_pictures")
 
 
+def test_an_image_of_another_shape_is_named(tmp_path, monkeypatch):
+    """TFDS writes it without a word."""
+    write_small(tmp_path, name="odd_pictures")
+    monkeypatch.setenv("LSDL_DATA_DIR", str(tmp_path))
+    said = r"shape \(12, 16, 3\), where the set declares \(16, 16, 3\) \(.*odd_pictures train\)"
+    with pytest.raises(DataError, match=f"{said}.*prepare it again as you did"):
+        read("train", "tfds:odd_pictures")
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [("small_pictures", "prepare it again as you did"), ("cifar10", r"download_and_prepare\(\)")],
+)
+def test_a_damaged_set_is_prepared_again_as_it_was(
+    small_folder, tmp_path, monkeypatch, name, again
+):
+    """By TFDS's command if it has code for the set."""
+    folder = tmp_path / name / "1.0.0"
+    shutil.copytree(small_folder / "small_pictures" / "1.0.0", folder)
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("small_pictures", name))
+    for file in folder.glob("small_pictures-*"):
+        file.rename(folder / file.name.replace("small_pictures", name)).write_bytes(b"")
+    monkeypatch.setenv("LSDL_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match=f"delete {folder}, and .*{again}"):
+        sources.open_reader(f"tfds:{name}", "train")
+
+
 def test_a_small_set_trains_by_its_name(small, load):
     experiment = build(
         load(
@@ -580,11 +609,13 @@ def empty(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("source", ["tfds:mnist", "tfds:cifar10", "tfds:imagenet2012"])
+@pytest.mark.parametrize(
+    "source", ["tfds:mnist", "tfds:cifar10", "tfds:imagenet2012", "tfds:c4/en"]
+)
 def test_a_missing_set_names_the_command_that_prepares_it(empty, source):
     name = source.removeprefix("tfds:")
     command = rf"builder\('{name}', data_dir='{empty}', file_format='array_record'\)"
-    with pytest.raises(UserError, match=rf"not on disk.*{command}.download_and_prepare\(\)"):
+    with pytest.raises(NoDataError, match=rf"not on disk.*{command}.download_and_prepare\(\)"):
         sources.open_reader(source, "train", expected=1)
 
 

@@ -35,13 +35,23 @@ class Shard:
 
 
 class Records:
-    """The examples of a split; one that cannot be read is named by its shard.
+    """The examples of a split; one that cannot be read, or whose shape is wrong, is named.
 
     `parts`: (file, first record, records) of each shard, in order.
+    `images`: {leaf: shape}, a dim that varies None: TFDS writes images of any shape.
     """
 
-    def __init__(self, reader: Any, parts: Sequence[tuple[str, int, int]], *, what: str, mend: str):
+    def __init__(
+        self,
+        reader: Any,
+        parts: Sequence[tuple[str, int, int]],
+        *,
+        what: str,
+        mend: str,
+        images: Mapping[str, tuple[int | None, ...]] | None = None,
+    ):
         self._reader, self._parts, self._what, self._mend = reader, parts, what, mend
+        self._images = dict(images or {})
         self._ends = list(itertools.accumulate(number for _, _, number in parts))
 
     def __len__(self) -> int:
@@ -51,18 +61,36 @@ class Records:
         if not 0 <= i < len(self._reader):
             raise IndexError(i)
         try:
-            return self._reader[i]
+            example = self._reader[i]
         except MemoryError:
             raise
         except Exception as error:  # of somebody else's reader or decoder
-            place = bisect.bisect_right(self._ends, i)
-            name, first, number = self._parts[place]
-            record = first + i - (self._ends[place] - number)
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise DataError(
-                f"Record {record} of the shard {name} cannot be read (example {i} of {self._what}; "
-                f"{reason}): {self._mend}"
+                f"{self._place(i)} cannot be read (example {i} of {self._what}; {reason}): "
+                f"{self._mend}"
             ) from error
+        for leaf, wanted in self._images.items():
+            shape = example[leaf].shape
+            if not _fits(shape, wanted):
+                raise DataError(
+                    f"{self._place(i)} has an {leaf} of shape {shape}, where the set declares "
+                    f"{wanted} (example {i} of {self._what}): give it that shape, then "
+                    f"{self._mend}"
+                )
+        return example
+
+    def _place(self, i: int) -> str:
+        """Where example `i` lies, to begin a sentence."""
+        place = bisect.bisect_right(self._ends, i)
+        name, first, number = self._parts[place]
+        return f"Record {first + i - (self._ends[place] - number)} of the shard {name}"
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        dim in (None, there) for there, dim in zip(shape, wanted, strict=True)
+    )
 
 
 def check(

@@ -115,7 +115,7 @@ def card(source: str) -> Card:
             f"data.source={source!r} is unknown: use {_embedded()}, or tfds:NAME for a TFDS set "
             "(docs/howto/data.md makes one)."
         )
-    if source.removeprefix("tfds:").replace("/", ":").partition(":")[0] in TEXTS:
+    if _set_name(source) in TEXTS:
         return Card({}, {}, kind="text")
     return _card_of_disk(source)
 
@@ -273,6 +273,11 @@ def _open_prepared(source: str, split: str):
         [(part.filename, part.skip, part.take) for part in parts],
         what=f"{source} {split}",
         mend=_mend(source, builder),
+        images={
+            name: stored.shape
+            for name, stored in builder.info.features.items()
+            if isinstance(stored, tfds.features.Image)
+        },
     )
 
 
@@ -307,8 +312,24 @@ def _checked(source: str, builder, parts, *, digests: bool = False) -> list[shar
 
 
 def _mend(source: str, builder) -> str:
-    again = "the next run prepares it again" if source == "digits" else f"then: {_command(source)}"
+    if source == "digits":
+        again = "the next run prepares it again"
+    elif _is_stock(source):
+        again = f"then: {_command(source)}"
+    else:
+        again = "prepare it again as you did"
     return f"delete {builder.data_dir}, and {again}."
+
+
+def _set_name(source: str) -> str:
+    """Of `tfds:NAME/CONFIG:VERSION` the NAME."""
+    return re.split("[/:]", source.removeprefix("tfds:"))[0]
+
+
+def _is_stock(source: str) -> bool:
+    """Whether TFDS can prepare the set: without TensorFlow it finds no code for some of TEXTS."""
+    stock = (*TEXTS, *tfds.list_builders(with_community_datasets=False))
+    return source in CARDS or _set_name(source) in stock
 
 
 def _embedded() -> str:
@@ -331,7 +352,7 @@ def _builder(source: str) -> tfds.core.DatasetBuilder:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what `_missing` says
             return tfds.builder(name)
     except Exception as error:  # a builder is other people's code: it may raise anything
-        if "No module named 'tensorflow'" in str(error):
+        if "No module named" in str(error) or _is_stock(source):
             raise _missing(source) from error
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
