@@ -179,6 +179,8 @@ def closed_forms(plan: Plan) -> None:
     found = analytic.estimate(plan.experiment, plan.target, price_per_device_hour=price)
     plan.numbers["analytic"] = found
     plan.say("Closed forms", analytic.table(found))
+    if found["memory"]["fits"] is False:
+        plan.code = DOES_NOT_FIT
 
 
 def compiled_step(plan: Plan) -> None:
@@ -187,8 +189,9 @@ def compiled_step(plan: Plan) -> None:
     answer = compiled.ask(source.file, source.overrides, plan.target.text, file=file)
     plan.numbers |= answer
     plan.say("Compiled", fit.table(answer, plan.limit_bytes))
-    if fit.verdict(answer, plan.limit_bytes) is False:
-        plan.code = DOES_NOT_FIT
+    fits = fit.verdict(answer, plan.limit_bytes)
+    if fits is not None:  # it knows better than the closed forms
+        plan.code = FINISHED if fits else DOES_NOT_FIT
 
 
 def exchanged(plan: Plan) -> None:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lsdl.errors import UserError
 from lsdl.losses import contrastive, token_cross_entropy
 from lsdl.state import Batch
 
@@ -107,6 +108,7 @@ class Classification:
         """`logits (B, C)`, or with those of a distillation head, `(logits, distilled)`."""
         logits_BC, distilled_BC = outputs if isinstance(outputs, tuple) else (outputs, None)
         label_BC, weight_B = self._soft(batch), batch["weight"]
+        _check_shape(logits_BC, label_BC, "a number for each class")
         smooth_BC = optax.smooth_labels(label_BC, self.label_smoothing)
         loss_B = optax.softmax_cross_entropy(logits_BC, smooth_BC)
         if extra and "teacher" in extra:
@@ -152,8 +154,17 @@ class Regression:
 
     def loss(self, outputs: jax.Array, batch: Batch, *, extra: Mapping | None = None) -> Loss:
         del extra
+        _check_shape(outputs, batch["target"], "a number for each target")
         loss_B = jnp.square(outputs - batch["target"]).mean(1)
         return (loss_B * batch["weight"]).sum(), batch["weight"].sum(), {}
+
+
+def _check_shape(outputs: jax.Array, wanted: jax.Array, what: str) -> None:
+    if outputs.shape != wanted.shape:
+        raise UserError(
+            f"The model's outputs have the shape {outputs.shape}, and the task takes "
+            f"{wanted.shape}: {what}, of each example."
+        )
 
 
 def _perplexity(task, means: Mapping[str, float]) -> dict[str, float]:

@@ -67,6 +67,11 @@ def test_a_target_without_its_compiler_has_an_exit_code_and_a_way_out(
     assert asked(H100, "--analytic") == FINISHED
 
 
+def test_closed_forms_tell_what_does_not_fit(capsys):
+    assert asked(H100, "--analytic", config=f"{CONFIGS / 'gpt3.py'}:175b") == DOES_NOT_FIT
+    assert "does NOT fit in" in capsys.readouterr().out
+
+
 # What is told
 
 

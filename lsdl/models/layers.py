@@ -102,6 +102,8 @@ def dense(
     bias_init: Callable = nn.initializers.zeros,
 ) -> nn.Dense:
     """A dense layer over the last dim; `axes` names the kernel's input and output dims."""
+    if len(axes) != 2:
+        raise UserError(f"dense {name!r} has axes={axes!r}: name two, of its inputs and outputs.")
     return nn.Dense(
         features,
         use_bias=bias,

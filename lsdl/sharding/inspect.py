@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lsdl.errors import nearest
 from lsdl.sharding.placement import SEEN_BY, Placement
-from lsdl.sharding.rules import ParamRules, Rules, axes_of, label, parts
+from lsdl.sharding.rules import TABLES, WHOLE, ParamRules, Rules, axes_of, label, parts
 
 Block = tuple[int, ...]
 MOST_DEVICES = 512  # that are drawn
@@ -101,6 +102,14 @@ def lint(
     for i, (pattern, _) in enumerate(param_rules):
         if f"param_rules[{i}]" not in won:
             yield f"shadowed: param_rules[{i}], {pattern!r}, by those before it"
+    roles = {role for table in (rules, *TABLES.values()) for role, _ in table} | {*WHOLE, None}
+    for p in _within(placements, "params/"):
+        for role in p.names:
+            if role not in roles:
+                yield (
+                    f"unknown role: {role!r} of {p.path} {p.shape} is in no rule table, and its "
+                    f"dim stays whole; {nearest(role, roles - {None})}"
+                )
     for p in placements:
         if p.missed:
             how = "replicated" if not any(p.won) else f"split by {p.rule} alone"

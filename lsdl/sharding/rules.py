@@ -37,6 +37,7 @@ _BOTH = tuple((axis, ("tensor", "fsdp")) for axis in _WIDE)
 # outputs, and the batch over data and fsdp, XLA's partitioner (jax 0.10.2 to 0.12.0) computes
 # wrong gradients. tests/test_layouts.py compares gradients leaf by leaf because of it.
 UNSPLIT = "conv_in"
+WHOLE = (UNSPLIT, "head_dim", "classes")  # roles that no table splits
 TABLES: dict[str, Rules] = {
     "dp": (*_BATCH, *_ALIKE),
     "zero1": (*_BATCH, *_ALIKE),
