@@ -1,5 +1,6 @@
 """The bill of collectives: read to the byte from programs known by hand, and held to its bound."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from lsdl import experiment
 from lsdl.errors import BAD_INPUT, FINISHED, UserError
@@ -384,6 +386,11 @@ def test_bounds_of_activations():
     tensor = ("all-reduce", "tensor")
     assert collectives.tensor_parallel(100, 4, layers=3, ends=0) == {tensor: 8 * 3 / 4 * 100 * 3}
     assert collectives.tensor_parallel(100, 4, layers=3)[tensor] == 2 * 3 / 4 * 100 * (4 * 3 + 2)
+    of = functools.partial(collectives.tensor_parallel, 100, 4, layers=3, ends=0)
+    for policy in ("none", "full", "every:2"):
+        halves = (of(policy=policy, **{name: False})[tensor] for name in ("attention", "mlp"))
+        assert sum(halves) == of(policy=policy)[tensor]
+    assert not of(attention=False, mlp=False).total()
     remat = collectives.tensor_parallel(100, 4, layers=3, policy="full")[tensor]
     assert remat == 2 * 3 / 4 * 100 * (5 * 3 + 2)
     pipeline = collectives.pipeline(10, microbatches=8, stages=4)
@@ -500,6 +507,16 @@ def test_a_loss_in_many_chunks_sends_what_one_in_two_does(load, name):
         return total["wire_bytes"]
 
     assert sent(1) == sent(4) > 0
+
+
+@pytest.mark.parametrize("role", ["heads", "mlp", "vocab"])
+def test_what_the_rules_leave_whole_is_in_no_bound(load, role):
+    own = (("batch", ("data", "fsdp")), (role, "tensor"))
+    config = ConfigDict(load(*GPT, "mesh=data=1,tensor=4"))
+    config.rules = own
+    built = experiment.build(config, devices=jax.devices()[:4])
+    *_, total = collectives.of_experiment(built, least_bytes=collectives.activation_bytes(built))
+    assert total["ratio"] >= 1
 
 
 # The command

@@ -63,8 +63,8 @@ def test_a_field_of_ones_own_model_means_what_it_means_there(build):
     assert tuple(kernel.spec) == ("fsdp", "tensor")
 
 
-def test_every_model_that_is_checked_by_its_fields_names_is_one_of_lsdls():
-    assert set(checks.KNOWN) == set(components.MODELS)
+def test_the_models_that_are_checked_by_their_fields_names_are_in_the_table():
+    assert set(checks.KNOWN) <= set(components.MODELS)
 
 
 def test_outputs_of_another_shape_are_refused_where_the_step_is_traced(build):

@@ -118,7 +118,14 @@ def _moment_axes(placements: Sequence[Placement], sizes: Mapping[str, int]) -> d
 
 
 def tensor_parallel(
-    activation_bytes: float, t: int, *, layers: int, ends: int = 2, policy: str = "none"
+    activation_bytes: float,
+    t: int,
+    *,
+    layers: int,
+    attention: bool = True,
+    mlp: bool = True,
+    ends: int = 2,
+    policy: str = "none",
 ) -> Bounds:
     """Transformer blocks split over `t` devices, heads and MLP by columns and then by rows.
 
@@ -126,7 +133,8 @@ def tensor_parallel(
     all-reduces of A: the results of attention's and the MLP's last product, and the gradients of
     their inputs. A layer that is computed again by the remat `policy` needs both results again; the
     last time, where no other layer waits for it, attention's alone, which the MLP is computed from;
-    and none where the results of products are kept.
+    and none where the results of products are kept. Half of it where the rules leave `attention` or
+    the `mlp` whole.
     `ends`: one for looking up a table split by its rows, where all but one device add zeros, and
     one for the gradient of the hidden states from logits split by their columns; 0 where the table
     is whole. Norms and residuals see whole activations: their parameters need nothing. With those
@@ -135,7 +143,8 @@ def tensor_parallel(
     """
     policy = "none" if policy.startswith("dots") else policy
     again = remat.evaluations(policy, layers) - layers
-    times = 4 * layers + 2 * again - remat.unneeded(policy, layers) + ends
+    times = attention * (2 * layers + again) + ends
+    times += mlp * (2 * layers + again - remat.unneeded(policy, layers))
     return Counter({("all-reduce", "tensor"): times * hlo.WIRE["all-reduce"](activation_bytes, t)})
 
 
@@ -287,9 +296,16 @@ def lower_bounds(experiment) -> Bounds:
     tensor, sequence = sizes["tensor"], sizes.get("sequence", 1)
     stack = dict(layers=module.num_layers, policy=policy)
     if tensor > 1:
-        tables = [p for p in placements if p.path.startswith("params/") and "vocab" in p.names]
-        split = any("tensor" in _axes(table, sizes) for table in tables)
-        bounds += tensor_parallel(nbytes, tensor, ends=2 if split else 0, **stack)
+        split = {
+            role
+            for p in placements
+            if p.path.startswith("params/")
+            for role, axes in zip(p.names, p.spec, strict=False)  # a spec ends with what is split
+            if "tensor" in axes_of(axes)
+        }
+        halves = dict(attention="heads" in split, mlp="mlp" in split)
+        ends = 2 if "vocab" in split else 0
+        bounds += tensor_parallel(nbytes, tensor, **halves, ends=ends, **stack)
     if sequence > 1:
         kv_heads = getattr(module, "kv_heads", 0) or module.num_heads
         own = math.lcm(kv_heads, tensor) / tensor / module.num_heads  # the rest are repeats
