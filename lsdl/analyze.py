@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lsdl.entry import leave
+from lsdl.entry import start
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """kinds:
@@ -85,4 +85,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

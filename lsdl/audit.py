@@ -2,7 +2,7 @@
 
 import argparse
 
-from lsdl.entry import framed, leave
+from lsdl.entry import framed, start
 from lsdl.errors import FINISHED, UserError
 from lsdl.rendezvous import add_flags, flags
 
@@ -65,4 +65,4 @@ def audit(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

@@ -139,8 +139,23 @@ FILLED = (
 
 def model_class(name: str) -> type[nn.Module]:
     """The class of the model `name`; its file is imported when it is asked for."""
-    file, cls = MODELS[choice("model.name", name, MODELS)].split(".")
-    return getattr(importlib.import_module(f"lsdl.models.{file}"), cls)
+    place = MODELS[choice("model.name", name, MODELS)]
+    file, _, cls = place.partition(".")
+    line = f"The line {name!r}: {place!r} of MODELS in lsdl/components.py"
+    try:
+        module = importlib.import_module(f"lsdl.models.{file}")
+    except ModuleNotFoundError as error:
+        if error.name != f"lsdl.models.{file}":  # one that the file imports
+            raise
+        raise UserError(
+            f"{line} needs a file lsdl/models/{file}.py, which is not there: write FILE.CLASS."
+        ) from error
+    if not hasattr(module, cls):
+        classes = [n for n, v in vars(module).items() if inspect.isclass(v)]
+        raise UserError(
+            f"{line} needs a class {cls!r} in lsdl/models/{file}.py: {nearest(cls, classes)}"
+        )
+    return getattr(module, cls)
 
 
 def check_fields(model: ConfigDict) -> None:

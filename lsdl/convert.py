@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lsdl.entry import leave
+from lsdl.entry import start
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -104,4 +104,4 @@ def _model(experiment):
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lsdl.entry import framed, leave
+from lsdl.entry import framed, start
 from lsdl.errors import BAD_INPUT, FINISHED, UserError
 from lsdl.rendezvous import add_flags, flags
 
@@ -77,4 +77,4 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

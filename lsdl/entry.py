@@ -1,16 +1,42 @@
-"""The frame of an entry that may be one of many processes: signals, errors, the exit code."""
+"""The frame of the entries, which may be one of many processes: signals, errors, the exit code."""
 
 import argparse
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from lsdl import interruption
-from lsdl.errors import INTERRUPTED, UserError, refuse
+from lsdl.errors import INTERRUPTED, UNREAD, UserError, refuse
 from lsdl.rendezvous import flags, meeting, place, run_token
 from lsdl.rollcall import excuse
+
+DEVICES = "JAX_NUM_CPU_DEVICES"  # read when jax is imported, and what is no number fails there
+
+
+def start(main: Callable[[], int]) -> NoReturn:
+    """Run the entry `main`, and end the process with its code."""
+    try:
+        number = os.environ.get(DEVICES, "1")
+        if not (number.isascii() and number.isdecimal()):
+            raise UserError(f"{DEVICES}={number!r} must be a whole number: write {DEVICES}=8.")
+        code = main()
+    except UserError as error:
+        code = refuse(error)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        code = UNREAD
+    leave(code)
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def framed(work: Callable[[argparse.Namespace, list[str]], int], parser, argv) -> int:

@@ -22,6 +22,7 @@ STORAGE = 74  # a checkpoint could not be written or read: disk full, I/O error,
 DISAGREE = 78  # the processes of a job were not started with the same config, code or data
 SAVED_AND_STOPPED = 75  # SIGTERM: the state is saved, start the same command again
 INTERRUPTED = 130  # Ctrl-C: the state is saved as well
+UNREAD = 141  # nobody reads what is printed any more, as behind `| head`
 TERMINATED = 143  # a second SIGTERM: gone at once, the newest save stands
 
 

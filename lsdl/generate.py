@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lsdl.entry import leave
+from lsdl.entry import start
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -104,4 +104,4 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

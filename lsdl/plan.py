@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lsdl.entry import leave
+from lsdl.entry import start
 from lsdl.errors import INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -75,4 +75,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lsdl.entry import leave
+from lsdl.entry import start
 from lsdl.errors import FINISHED, INTERRUPTED, UserError, refuse
 
 EXAMPLES = """examples:
@@ -91,4 +91,4 @@ def study(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

@@ -3,7 +3,7 @@
 import argparse
 import signal
 
-from lsdl.entry import framed, leave
+from lsdl.entry import framed, start
 from lsdl.errors import FINISHED, INTERRUPTED, SAVED_AND_STOPPED, UserError
 from lsdl.rendezvous import add_flags, flags
 
@@ -104,4 +104,4 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    start(main)

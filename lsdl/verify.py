@@ -3,9 +3,9 @@
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
+from lsdl.entry import start
 from lsdl.errors import FINISHED, INTERRUPTED, STORAGE, UserError, refuse
 
 EXAMPLES = """examples:
@@ -70,4 +70,4 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lsdl import components
 from lsdl.errors import BAD_INPUT, LOCKED, NO_DATA
 from lsdl.rundir import RunDir
 from lsdl.train import main
@@ -482,6 +483,20 @@ except SystemExit as leaving:
     for code in (0, 2, 73, 75, 130):
         assert f" {code} " in run.stdout
     assert run.stdout.endswith("left with 0 False\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "rule"),
+    [
+        ("vti.Vit", "needs a file lsdl/models/vti.py, which is not there"),
+        ("vit.Vti", "needs a class 'Vti' in lsdl/models/vit.py: did you mean 'Vit'?"),
+        ("vit", "needs a class '' in lsdl/models/vit.py: choose from "),
+    ],
+)
+def test_a_typo_in_the_name_table_is_one_sentence(refused, monkeypatch, place, rule):
+    monkeypatch.setitem(components.MODELS, "vit", place)
+    line = f"The line 'vit': {place!r} of MODELS in lsdl/components.py"
+    assert f"{line} {rule}" in refused()
 
 
 @pytest.mark.parametrize(

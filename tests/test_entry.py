@@ -1,5 +1,6 @@
 """How the entries end their process."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from lsdl import entry
-from lsdl.errors import BAD_INPUT
+from lsdl.errors import BAD_INPUT, UNREAD
 from tests.conftest import ROOT
 
 REFUSED = {
@@ -40,3 +41,34 @@ def test_every_entry_that_computes_ends_so(monkeypatch, name):
     monkeypatch.delitem(sys.modules, f"lsdl.{name}", raising=False)
     runpy.run_module(f"lsdl.{name}", run_name="__main__")
     assert codes == [BAD_INPUT]
+
+
+def started(work, **options):
+    """A process that ends by `start` of `work`, lines of Python."""
+    code = f"from lsdl.entry import start\ndef main():\n {work}\n return 0\nstart(main)"
+    return subprocess.run((sys.executable, "-c", code), text=True, cwd=ROOT, **options)
+
+
+@pytest.mark.parametrize("work", ["print('a' * 2**16)", "print('a', flush=True)"])
+def test_the_end_is_quiet_when_nobody_reads(work):
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = started(work, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (UNREAD, "")
+
+
+def test_another_broken_pipe_is_told():
+    ended = started("raise BrokenPipeError('of a worker')", capture_output=True)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("BrokenPipeError: of a worker\n")
+
+
+@pytest.mark.parametrize("number", ["eight", "", "1.5", "-2"])
+def test_a_number_of_devices_that_is_none_is_refused_in_one_line(number):
+    environment = os.environ | {entry.DEVICES: number}
+    ended = started("import jax", capture_output=True, env=environment)
+    said = f"lsdl: JAX_NUM_CPU_DEVICES={number!r} must be a whole number: "
+    assert (ended.returncode, ended.stdout) == (BAD_INPUT, "")
+    assert ended.stderr.startswith(said)
+    assert ended.stderr.count("\n") == 1
