@@ -85,7 +85,7 @@ def _told(run: Run, fields: Sequence[str]) -> Iterator[str]:
     quiet = ("seed", "checkpoint.", "log.", "eval.")
     fields = [f for f in fields if not f.startswith(quiet) and run.fields.get(f) is not None]
     for field in fields[:3]:
-        name, value = field.split(".")[-1], brief(run.fields[field], 20)
+        name, value = field.split(".")[-1], brief(run.fields[field], 32)
         yield value if name == "name" else f"{name}={value}"
 
 
