@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from lsdl import processes
 from lsdl.commits import FEWEST
 from lsdl.data.shards import Shard
-from lsdl.diagnosis import findings, grouped, names, table
+from lsdl.diagnosis import counted, findings, grouped, names, table
 from lsdl.errors import STUCK, UserError
 from lsdl.experiment import Experiment
 from lsdl.rendezvous import gpus_on_node, place, visible_gpus
@@ -66,7 +66,7 @@ def examine(
     if reports:
         for sentence in found:
             print(f"lsdl: {sentence}", file=sys.stderr)
-        print("All is well." if not found else f"{len(found)} findings.", flush=True)
+        print("All is well." if not found else f"{counted(len(found), 'finding')}.", flush=True)
     return int(processes.from_main("lsdl-doctor-verdict", str(len(found))))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from lsdl.errors import UserError, nearest
-from lsdl.files import check_name
+from lsdl.files import check_name, near_file
 from lsdl.schema import DURATIONS, OPTIONAL_DURATIONS, UNITS, template
 from lsdl.secrecy import holds_secret
 
@@ -124,7 +124,9 @@ def _read(path: str) -> ConfigDict:
     """What the file's `get_config(arg)` returns."""
     file, _, arg = path.partition(":")
     if not file.endswith(".py") or not os.path.isfile(file):
-        raise UserError(f"There is no config file {file!r}: give the path of a Python file.")
+        near = near_file(file, "configs")
+        hint = f"did you mean {near!r}?" if near else "give the path of a Python file."
+        raise UserError(f"There is no config file {file!r}: {hint}")
     # Not an import: the cache of bytecode misses an edit within the same second.
     try:
         module = runpy.run_path(file, run_name="lsdl_config")

@@ -91,12 +91,16 @@ def names(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
+
+
 def table(reports: Sequence[dict]) -> str:
     """One line for each process: where it runs, what it has."""
     rows = [("process", "host", "devices", "free disk", "")]
     for r in reports[:ROWS]:
         free = "" if r["free"] is None else f"{r['free'] / 1e9:,.1f} GB"
-        state = f"{len(r['problems'])} problems" if r["problems"] else "ok"
+        state = counted(len(r["problems"]), "problem") if r["problems"] else "ok"
         rows.append((str(r["process"]), r["host"], f"{r['devices']} {r['kind']}", free, state))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]

@@ -4,6 +4,7 @@ A folder may come from a stranger: what is opened is a regular file under its ow
 that a reader can bear, and nothing in it is executed.
 """
 
+import difflib
 import errno
 import json
 import math
@@ -152,3 +153,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def near_file(path: str, folder: str) -> str:
+    """The Python file whose name is like that of `path`, beside it or in `folder`; "": none is."""
+    found = [p for place in (folder, os.path.dirname(path)) for p in Path(place).glob("*.py")]
+    there = {file.stem: str(file) for file in found if file.is_file()}
+    close = difflib.get_close_matches(Path(path).stem, there, n=1)
+    return there[close[0]] if close else ""

@@ -91,5 +91,10 @@ class Progress:
                 self._bar.start_t += paused
                 self._bar.last_print_t += paused
 
+    def complete(self) -> None:
+        """All is done, in fewer steps than there might have been: the bar ends full."""
+        self._bar.total = self._bar.n
+        self._bar.refresh()
+
     def close(self) -> None:
         self._bar.close()

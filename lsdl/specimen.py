@@ -60,10 +60,10 @@ class Specimen:
         return functools.partial(self.program, rules=rules)
 
     @property
-    def rate(self) -> float:
-        """The learning rate of the step that comes next, or of the last."""
-        step = min(self.step, self.experiment.total_steps - 1)
-        return float(self.experiment.schedule(jnp.int32(step)))
+    def peak_rate(self) -> float:
+        """The highest learning rate of the schedule."""
+        rates = jax.vmap(lambda step: 0.0 * step + self.experiment.schedule(step))
+        return float(rates(jnp.arange(self.experiment.total_steps)).max())
 
     def sums(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         """Evaluation's sums over a batch."""

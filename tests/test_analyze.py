@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from lsdl import analyze, specimen, train
 from lsdl.files import read_json
+from lsdl.findings.found import progress
 from lsdl.metrics import read_rows
 from lsdl.models import attention
 from tests.conftest import CONFIGS
@@ -136,7 +137,7 @@ def test_before_training_a_run_is_at_its_start(analyze_run):
     assert start["loss"][1] > end["loss"][1]
 
 
-def test_sharpness_tells_all_of_its_measures(analyze_run):
+def test_sharpness_tells_all_of_its_measures(run, analyze_run):
     found, printed = analyze_run("sharpness", "--examples=96", "--steps=20")
     phis = {name: value["phi"] for name, value in found.items() if name.startswith("phi")}
     assert len(phis) == 3
@@ -144,8 +145,20 @@ def test_sharpness_tells_all_of_its_measures(analyze_run):
     assert wide > narrow > 0
     assert wide > few > 0
     assert found["sam_rise"] > 0
-    assert found["edge"] == pytest.approx(found["lambda_max"] * found["learning_rate"] / 2)
+    assert found["edge"] == pytest.approx(found["lambda_max"] * found["peak_rate"] / 2)
+    rows = read_rows(run / "metrics.jsonl")
+    rates = [row["learning_rate"] for row in rows if row["split"] == "train"]
+    assert found["peak_rate"] == pytest.approx(max(rates))
+    assert found["peak_rate"] > 2 * rates[-1]
+    assert "at the peak rate" in printed
     assert "lambda_max" in printed
+
+
+def test_a_bar_ends_full_when_there_is_less_to_do(capfd):
+    with progress("hessian", 160) as bar:
+        for _ in range(110):
+            bar.advance()
+    assert capfd.readouterr().err.splitlines()[-1].startswith("hessian: 100%")
 
 
 def test_recalibration_asks_for_batch_norm_and_then_changes_the_surface(tmp_path, analyze_run):

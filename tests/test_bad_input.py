@@ -349,7 +349,7 @@ def test_field_of_a_model_out_of_range_is_refused(refused, model, override):
     ("config", "words"),
     [
         ("digits_vit:smok", ["'smok'", "'smoke'"]),
-        ("digits_vitt", ["no config file", "digits_vitt.py"]),
+        ("digits_vitt", ["no config file", "digits_vitt.py", "did you mean '", "digits_vit.py'?"]),
         ("digits_vitt:smoke", ["no config file", "digits_vitt.py"]),
     ],
 )
@@ -357,6 +357,13 @@ def test_config_that_is_not_there_is_refused(refused, config, words):
     sentence = refused(config=config)
     for word in words:
         assert word in sentence
+
+
+def test_a_config_by_its_name_alone_is_found_in_its_folder(monkeypatch, capfd):
+    monkeypatch.chdir(CONFIGS.parent)
+    assert main(["--config", "digits_vit"]) == BAD_INPUT
+    told = "lsdl: There is no config file 'digits_vit': did you mean 'configs/digits_vit.py'?\n"
+    assert capfd.readouterr().err == told
 
 
 def test_config_file_without_get_config_is_refused(refused, tmp_path):

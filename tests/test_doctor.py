@@ -104,7 +104,7 @@ def test_every_process_has_a_line_until_there_are_too_many():
     text = table(job({}, {"host": "node2", "problems": ["No."]}))
     assert [line.split() for line in text.splitlines()[1:3]] == [
         ["0", "node1", "1", "A100", "1,000.0", "GB", "ok"],
-        ["1", "node2", "1", "A100", "1,000.0", "GB", "1", "problems"],
+        ["1", "node2", "1", "A100", "1,000.0", "GB", "1", "problem"],
     ]
     assert "processes: 2, devices: 2" in text
     lines = table(job(*[{}] * 500)).splitlines()
@@ -191,7 +191,7 @@ def test_the_doctor_names_what_does_not_fit(flags, said, capfd, tmp_path):
     out, err = capfd.readouterr()
     assert said in err
     assert err.startswith("lsdl: ")
-    assert "1 findings." in out
+    assert "1 finding." in out
     assert "data=8: all-reduce" in out  # looked at all the same
 
 

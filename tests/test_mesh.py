@@ -120,11 +120,11 @@ INVALID = {
     "data=99999999999999999999": "size 99999999999999999999",
     "data=" + "9" * 5000: "the size 9999",
     "data=999999999,fsdp=999999999,tensor=999999999": "8 devices",
-    "data=3": "product is 3; make it 8",
+    "data=3": "product is 3; make it 8, or export JAX_NUM_CPU_DEVICES=3.",
     "data=16": "product is 16; make it 8",
     "data=2,fsdp=2": "product is 4; make it 8",
     "data=2,fsdp=2,tensor=4": "product is 16; make it 8",
-    "data=-1,tensor=3": "divides 8",
+    "data=-1,tensor=3": "divides 8, or export JAX_NUM_CPU_DEVICES=3.",
     "data=-1,tensor=16": "divides 8",
     "data=-1,fsdp=2,tensor=8": "divides 8",
 }
@@ -139,6 +139,11 @@ def test_invalid_is_one_sentence(words):
     assert sentence.startswith("mesh")
     assert sentence[-1] in ".?"
     assert len(sentence.splitlines()) == 1
+
+
+def test_of_devices_elsewhere_there_are_as_many_as_there_are():
+    with pytest.raises(UserError, match=r"fill the 1 device there is.*; make it 1\.$"):
+        parse_mesh("data=8", 1)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def hessian(specimen: Specimen, arguments: Any) -> Findings:
 
 
 def _of_spectrum(specimen, matrix: str, pairs, spectrum) -> Findings:
-    largest, rate = float(pairs.values[0]), specimen.rate
+    largest, rate = float(pairs.values[0]), specimen.peak_rate
     trace, error = spectrum.trace()
     edge = sharpness.edge(largest, rate)
     rows = [
@@ -56,7 +56,7 @@ def _of_spectrum(specimen, matrix: str, pairs, spectrum) -> Findings:
         ("smallest eigenvalue", plots.word(pairs.smallest), plots.word(pairs.smallest_residual)),
         ("trace", plots.word(trace), plots.word(error)),
         ("condition number, at least", plots.word(pairs.lanczos.condition()), ""),
-        (f"lambda_max eta / 2 at eta {rate:.3g}", plots.word(edge), ""),
+        (f"lambda_max eta / 2 at the peak rate {rate:.3g}", plots.word(edge), ""),
     ]
     low = min(values_K.min() for values_K in spectrum.values_RK)
     high = max(values_K.max() for values_K in spectrum.values_RK)
@@ -88,7 +88,7 @@ def _of_spectrum(specimen, matrix: str, pairs, spectrum) -> Findings:
         "trace": trace,
         "trace_error": error,
         "condition_at_least": pairs.lanczos.condition(),
-        "learning_rate": rate,
+        "peak_rate": rate,
         "edge": edge,
         "density": {"at": at_T.tolist(), "share": density_T.tolist(), "width": width},
     }
@@ -129,12 +129,12 @@ def sharp(specimen: Specimen, arguments: Any) -> Findings:
         values[name] = ascent._asdict() | {"phi": ascent.phi}
     rise = ball.highest - ball.loss
     rows.append((f"SAM's rise, rho {SAM_RHO:g}", plots.word(rise), f"{ball.highest:.4g}", 2))
-    largest, rate = float(pairs.values[0]), specimen.rate
+    largest, rate = float(pairs.values[0]), specimen.peak_rate
     rows.append(("lambda_max", plots.word(largest), "", len(pairs.lanczos.diagonal_K)))
     edge = sharpness.edge(largest, rate)
-    rows.append((f"lambda_max eta / 2 at eta {rate:.3g}", plots.word(edge), "", ""))
+    rows.append((f"lambda_max eta / 2 at the peak rate {rate:.3g}", plots.word(edge), "", ""))
     values |= {"loss": ball.loss, "sam_rise": rise, "sam_rho": SAM_RHO}
-    values |= {"lambda_max": largest, "learning_rate": rate, "edge": edge}
+    values |= {"lambda_max": largest, "peak_rate": rate, "edge": edge}
     lead = f"Loss {ball.loss:.4g}; phi is 100 times the highest rise over 1 + loss"
     head = ("measure", "value", "highest loss", "evaluations")
     return Findings(lead, head, rows, [], values, _step_notes(specimen))

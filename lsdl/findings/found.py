@@ -28,5 +28,6 @@ def progress(name: str, ticks: int) -> Iterator[Progress]:
     bar = Progress(0, ticks, name, silent=False, unit="batch")
     try:
         yield bar
+        bar.complete()
     finally:
         bar.close()

@@ -34,12 +34,20 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
     if math.prod(sizes.values()) != num_devices:
+        there = "1 device there is" if num_devices == 1 else f"{num_devices} devices there are"
         raise UserError(
-            f"mesh={text!r} does not fill the {num_devices} devices there are: the sizes' product "
+            f"mesh={text!r} does not fill the {there}: the sizes' product "
             f"is {fixed}{' times any number' if free else ''}; "
-            + (f"choose one that divides {num_devices}." if free else f"make it {num_devices}.")
+            + (f"choose one that divides {num_devices}" if free else f"make it {num_devices}")
+            + (f", or export JAX_NUM_CPU_DEVICES={fixed}." if _are_cpus(num_devices) else ".")
         )
     return sizes | {axis: 1 for axis in AXES if axis not in sizes}
+
+
+def _are_cpus(num_devices: int) -> bool:
+    """Whether so many devices are all this machine's, and of a kind it can have more of."""
+    here = jax.process_count() == 1 and num_devices == jax.device_count()
+    return here and jax.default_backend() == "cpu"
 
 
 def parse_dcn(text: str, sizes: Mapping[str, int]) -> dict[str, int]:
