@@ -61,8 +61,9 @@ def run(asked: Any, overrides: Sequence[str]) -> int:
         raise UserError("There is no --config: give an experiment's file, configs/NAME.py.")
     plan = _made(asked, Source(asked.config, tuple(overrides)))
     if asked.schedule:
-        shown = dict(html_file=asked.html, json_file=asked.json)
-        return timetable.show(plan.experiment, **shown)
+        timetable.show(plan.experiment, html_file=asked.html, json_file=asked.json)
+        _tell_written(asked)
+        return FINISHED
     for wanted, section in sections(asked):
         if wanted:
             section(plan)
@@ -268,6 +269,12 @@ def _write(plan: Plan) -> None:
     if asked.json:
         head = {"name": experiment.name, "mesh": dict(experiment.mesh.shape)}
         write_json(asked.json, {**head, **plan.numbers, "versions": versions()})
+    _tell_written(asked)
+
+
+def _tell_written(asked: Any) -> None:
+    for file in filter(None, (asked.html, asked.json)):
+        print(f"written: {file}")
 
 
 def _page(plan: Plan) -> str:

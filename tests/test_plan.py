@@ -35,6 +35,7 @@ def plan(tmp_path, capsys):
         code = main(["--config", config, f"--json={written}", *overrides])
         out, err = capsys.readouterr()
         assert (code, err) == (FINISHED, "")
+        assert out.endswith(f"\nwritten: {written}\n")
         return json.loads(written.read_text()), out
 
     return plan
@@ -350,6 +351,7 @@ def test_the_schedule_is_told_without_a_step_being_traced(capsys, tmp_path, monk
     assert "batch 96 -> 384 from step 27" in out
     page = (tmp_path / "plan.html").read_text()
     assert page.count("<svg ") == 2
+    assert out.endswith(f"written: {tmp_path / 'plan.html'}\nwritten: {tmp_path / 'plan.json'}\n")
     assert "#" in out
 
 
