@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +147,26 @@ def test_every_command_could_be_run(name, tmp_path):
 ENTRIES = sorted(
     path.stem for path in (ROOT / "lsdl").glob("*.py") if "\ndef parser()" in path.read_text()
 )
+
+
+@pytest.mark.parametrize("name", [n for n in PAGES if page(n).files])
+def test_every_file_that_a_page_writes_passes_our_lint(name, tmp_path):
+    for file, text in page(name).files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    ruff = [Path(sys.executable).with_name("ruff"), "--config", ROOT / "pyproject.toml"]
+    for check in (["check"], ["format", "--check"]):
+        done = subprocess.run([*ruff, *check, tmp_path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_no_two_pages_train_in_one_folder():
+    """Or a reader of both would go on with, or be refused by, a run of another page."""
+    owners = {}
+    for name in PAGES:
+        for command in page(name).commands:
+            for folder in re.findall(r"--workdir (runs/\S+)", command):
+                assert owners.setdefault(folder, name) == name, folder
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
