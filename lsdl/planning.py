@@ -219,12 +219,15 @@ def remat_table(plan: Plan) -> None:
 
 def searched(plan: Plan) -> None:
     """The layouts for the target, ranked."""
-    found = search.run(
-        plan.source, plan.target, limit_bytes=plan.limit_bytes, file=plan.asked.hardware
-    )
+    asked = plan.asked
+    fields = dict(limit_bytes=plan.limit_bytes, file=asked.hardware)
+    if asked.analytic:
+        fields["most"] = 0
+    found = search.run(plan.source, plan.target, **fields)
     plan.numbers["search"] = found
     print(search.table(found))
-    if not found[0]["fits"]:
+    best = found[0]
+    if not (best["fits"] or (asked.analytic and not best["reason"])):
         plan.code = DOES_NOT_FIT
     plan.parts.append(search.section(found))
 

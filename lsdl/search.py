@@ -70,7 +70,7 @@ def run(
     """The layouts, best first, as JSON values; each with the `reason` why it is no better.
 
     `limit_bytes`: of a device, by default what the target has; `file`: the user's own hardware. The
-    `most` fastest by estimate are compiled, and as many again while none of them fits.
+    `most` fastest by estimate are compiled, and as many again while none of them fits; 0: none is.
     """
     limit = limit_bytes or target.memory_bytes
     if limit is None:

@@ -254,6 +254,17 @@ def test_the_remat_table_has_every_policy_and_a_figure(capsys, tmp_path):
 # The search
 
 
+def test_a_search_by_closed_forms_needs_no_compiler(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LSDL_PLAN_TOOLS", str(tmp_path))
+    asks = ("--target=gpu:h100:1x1", "--search", "--analytic")
+    assert asked(*asks, config=GPT) == FINISHED
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].endswith("estimated")
+    assert asked(*asks, "--memory-gib=0.0001", config=GPT) == DOES_NOT_FIT
+    assert "needs about" in capsys.readouterr().out.splitlines()[1]
+    assert asked(*asks[:2], config=GPT) == NO_COMPILER
+
+
 @pytest.mark.parametrize("devices", [1, 6, 8, 64])
 def test_every_layout_is_for_all_devices_and_none_comes_twice(devices):
     found = [tuple(layout.items()) for layout in search.layouts(devices)]
