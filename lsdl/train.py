@@ -17,7 +17,8 @@ The same command again resumes from the newest checkpoint, on the same mesh or a
 Every field of the config can be set as --config.FIELD=VALUE; config.json lists them.
 exit codes: 0 complete, 2 bad input, 65 data damaged, 66 data missing, 69 a process missing or lost,
 70 not finite, 71 stuck, 73 workdir in use or not writable, 74 no space or I/O error, 75 saved after
-SIGTERM, 78 processes that differ, 130 after Ctrl-C, 143 a second SIGTERM"""
+SIGTERM, 78 processes that differ, 130 after Ctrl-C, 141 nobody reads its output, 143 a second
+SIGTERM"""
 
 
 def parser() -> argparse.ArgumentParser:
