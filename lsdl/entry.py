@@ -35,7 +35,7 @@ def start(main: Callable[[], int]) -> NoReturn:
 def _unread() -> bool:
     """Whether stdout is a pipe that nobody reads any more."""
     poll = select.poll()
-    poll.register(1, 0)
+    poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -67,6 +68,7 @@ def initialise(
         return
     stop = current() or StopRequest()
     sockets: dict[int, socket.socket] = {}
+    _own_stdout()
     # jax does not say how many there are before they have met.
     others = 0 if not coordinator else 1 if process_id else num_processes - 1
     stop.farewell = lambda code: farewell(sockets, code=code, others=others)
@@ -93,6 +95,17 @@ def initialise(
             )
     elif _initialise_by_jax(mode, stop, limits):
         _meet_by_jax(stop, sockets, wait_s=wait_s, heartbeat_s=heartbeat_s)
+
+
+def _own_stdout() -> None:
+    """Python prints to where stdout was, and nobody else: gloo tells of each connection there."""
+    if sys.stdout is None or sys.stdout is not sys.__stdout__:  # a notebook's
+        return
+    sys.stdout.flush()
+    told = dict(encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, **told)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
 
 def _initialise_jax(stop: StopRequest, **arguments: Any) -> None:
