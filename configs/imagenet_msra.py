@@ -18,7 +18,6 @@ def get_config(arg=None):
     config.name = f"imagenet_msra_{size}" + "_inverse" * inverse + "_smoke" * smoke
     config.batch_size = 8 if smoke else 128
 
-    # The paper's large nets take sides of 256 to 512 pixels, and colours are altered.
     config.data.source = "tfds:imagenet2012"
     config.data.train_split = "train[:99%]"
     config.data.valid_split = "train[99%:]"
@@ -38,8 +37,9 @@ def get_config(arg=None):
         config.model.stem_width = 8
         config.model.hidden = (16, 16)
 
-    # The rates are the paper's. It turns to the next where the error stalls; here both starts turn
-    # at the same epochs, or the one that stalls would have another schedule.
+    # Sizes, rates and epochs are from memory of the paper, whose text was not at hand. It turns to
+    # the next rate where the error stalls; here both starts turn at the same epochs, or the one
+    # that stalls would have another schedule.
     config.optim.name = "sgd"
     config.optim.momentum = 0.9
     config.optim.weight_decay = 5e-4

