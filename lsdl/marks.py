@@ -20,6 +20,7 @@ DASHES = ("-", "--", ":", "-.")
 # The colours that a page with a dark mode replaces: see `plots.Figure.svg`.
 INK, FAINT, PAPER = "#23272e", "#d5d9df", "#fefefe"
 HEIGHT = 3.3  # of a panel, in inches
+THICK = 1.7  # points, of a line
 LETTER = 0.085  # inches, of a label's mean letter
 LONGEST = 36  # letters of a label
 
@@ -49,12 +50,28 @@ def table(values: Sequence, logx: bool, logy: bool) -> list[np.ndarray]:
     return [column[kept] for column in table]
 
 
-def line(axes: Axes, values: list[np.ndarray], i: int, joined: bool, few: bool) -> tuple:
-    """Draw series `i`; returns its end and its colour."""
+def buried(tables: list[list[np.ndarray]], logy: bool) -> list[int]:
+    """For each series the number of later ones that lie on it, within 1 % of what is shown."""
+    ys = [np.log(values[1]) if logy else values[1] for values in tables]
+    shown = [y for y in ys if len(y)]
+    near = 0.01 * (max(y.max() for y in shown) - min(y.min() for y in shown)) if shown else 0.0
+
+    def on(i: int, j: int) -> bool:
+        same = len(ys[i]) > 1 and np.array_equal(tables[i][0], tables[j][0])
+        return same and bool(np.abs(ys[i] - ys[j]).max() <= near)
+
+    return [sum(on(i, j) for j in range(i + 1, len(ys))) for i in range(len(ys))]
+
+
+def line(
+    axes: Axes, values: list[np.ndarray], i: int, joined: bool, few: bool, under: int = 0
+) -> tuple:
+    """Draw series `i`, wide enough to be seen below `under` others; returns its end and colour."""
     colour = PALETTE[i % len(PALETTE)]
     axes.plot(
         *values[:2],
         color=colour,
+        linewidth=THICK * (1 + 1.5 * min(under, 4)),
         marker=MARKERS[i % len(MARKERS)] if few or not joined else "",
         linestyle=DASHES[i // len(PALETTE) % len(DASHES)] if joined else "",
     )

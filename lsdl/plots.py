@@ -53,7 +53,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "xtick.color": marks.INK,
     "ytick.color": marks.INK,
-    "lines.linewidth": 1.7,
+    "lines.linewidth": marks.THICK,
     "lines.markersize": 5,
     "legend.frameon": False,
 }
@@ -194,8 +194,9 @@ def lines(
         xs, ys = ([values[i] for values in tables] for i in (0, 1))
         marks.scale(axes, logx, logy, xs, ys, few)
         ends = []
+        under = marks.buried([*ours.values()], logy)
         for i, (label, values) in enumerate(ours.items()):
-            ends.append((label, marks.line(axes, values, i, joined, few)))
+            ends.append((label, marks.line(axes, values, i, joined, few, under[i])))
         hollow = dict(zip(theirs, itertools.cycle(marks.HOLLOW), strict=False))
         for label, values in theirs.items():
             style = dict(color=marks.INK, markerfacecolor="none", markersize=6)

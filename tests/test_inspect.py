@@ -1,6 +1,7 @@
 """The pictures and tables of shardings say what jax does with the arrays."""
 
 import html.parser
+import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -66,15 +67,15 @@ def test_blocks_are_those_of_jax(drawn):
 
 @LAW
 @given(shardings())
-def test_a_picture_has_a_stripe_for_every_block_of_every_device(drawn):
+def test_a_picture_has_a_chip_for_every_block_of_every_device(drawn):
     sharding, shape = drawn
     picture = inspect.picture(sharding, shape, title="<w>")
     root, rects, words = svg(picture)
-    stripes = [rect for rect in rects if rect.get("fill") != "none"]
-    assert len(stripes) == sharding.mesh.size
-    assert len({stripe.get("fill") for stripe in stripes}) == sharding.mesh.size
+    chips = [rect for rect in rects if rect.get("fill") != "none"]
+    assert len(chips) == sharding.mesh.size
+    assert len({chip.get("fill") for chip in chips}) == sharding.mesh.size
     area = math.prod(n // s for n, s in zip(shape, sharding.shard_shape(shape), strict=True))
-    assert len(rects) - len(stripes) == area
+    assert len(rects) - len(chips) == area
     for rect in rects:
         for place, size, whole in (("x", "width", "width"), ("y", "height", "height")):
             assert float(rect.get(place)) >= 0
@@ -84,6 +85,20 @@ def test_a_picture_has_a_stripe_for_every_block_of_every_device(drawn):
     assert words[0].startswith(f"<w> {shape}")
     assert picture._repr_html_() == picture.svg
     assert str(picture).splitlines()[0] == words[0]
+
+
+def test_copies_are_told_from_parts():
+    """Chips stand apart in one frame, as parts of an array never do: they fill no frame."""
+    mesh = grid("data=2,fsdp=4")
+    for spec, frames in ((P(), 1), (P("fsdp"), 4), (P(("data", "fsdp")), 8)):
+        _, rects, _ = svg(inspect.picture(NamedSharding(mesh, spec), (8,)))
+        spans = [(float(r.get("x")), float(r.get("x")) + float(r.get("width"))) for r in rects]
+        chips = sorted(s for s, r in zip(spans, rects, strict=True) if r.get("fill") != "none")
+        around = [s for s, r in zip(spans, rects, strict=True) if r.get("fill") == "none"]
+        assert (len(chips), len(around)) == (8, frames)
+        assert all(end + 1 <= start for (_, end), (start, _) in itertools.pairwise(chips))
+        for start, end in chips:
+            assert any(left + 1 <= start < end <= right - 1 for left, right in around)
 
 
 def test_words_beside_the_blocks_have_the_colour_of_the_pages_text():
@@ -188,6 +203,7 @@ def test_the_plan_prints_every_parameter_and_writes_a_page_that_needs_no_other(
     tags = Tags()
     tags.feed(page.read_text())
     assert tags.seen.count("svg") == 1 + inspect.MOST_PICTURES
+    assert inspect.KEY in page.read_text()
     assert not {"script", "link", "img"} & set(tags.seen)
     assert {placement.path for placement in built.placements} <= set(tags.words)
 

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from lsdl import plots
+from lsdl import marks, plots
 
 SVG = "{http://www.w3.org/2000/svg}"
 XS = np.arange(1, 31)
@@ -72,6 +72,28 @@ def test_text_stays_text_and_each_line_has_its_label():
     assert "no values" in words(FIGURES["empty"].svg())
     assert "no values" in words(FIGURES["lost"].svg())
     assert {"lars", "3", "no value"} <= set(words(FIGURES["bars"].svg()))
+
+
+def widths(series, **options):
+    """Of each series' line in the drawing, in their order."""
+    svg = plots.lines(series, title="t", x="x", y="y", **options).svg()
+    drawn = []
+    for i in range(len(series)):
+        style = re.search(rf'style="[^"]*stroke: {marks.PALETTE[i]};[^"]*"', svg)[0]
+        drawn.append(float(re.search(r"stroke-width: ([\d.]+)", style)[1]))
+    return drawn
+
+
+def test_of_lines_on_top_of_each_other_each_is_seen():
+    ys = 3 / np.sqrt(XS)
+    apart = {"a": (XS, ys), "b": (XS, ys + 1), "c": (XS[1:], ys[1:])}
+    assert set(widths(apart)) == {marks.THICK}
+    one = widths({"a": (XS, ys), "b": (XS, ys + 1), "c": (XS, ys + 1e-6), "d": (XS, ys)})
+    assert one[0] > one[2] > one[3] == one[1] == marks.THICK
+    # On a logarithmic axis a distance is a ratio.
+    near = {"a": (XS, ys), "b": (XS, ys / 1e3), "c": (XS, ys / 2e3)}
+    assert widths(near)[1] > marks.THICK == widths(near, logy=True)[1]
+    assert set(widths({"a": ([1, 2], [1, 1]), "b": ([1, 2], [1, 1])})) != {marks.THICK}
 
 
 def test_a_label_is_shown_as_it_is():

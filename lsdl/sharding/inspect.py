@@ -1,7 +1,7 @@
 """How everything is split, to be read: a table with what to look at, pictures, one page of both.
 
 A picture shows the blocks that an array is cut into: the last two dims as a panel's rows and
-columns, a panel for each block of the others. A block has a stripe in the colour of every device
+columns, a panel for each block of the others. A block has a chip in the colour of every device
 that holds it, so that replicas show, and their ids.
 """
 
@@ -306,18 +306,25 @@ def _cell(
     words: Mapping[int, str],
     colours: Mapping[int, str],
 ) -> Iterator[str]:
-    stripe, shown = width / len(cell), _ids_shown(cell, words)
+    chip, shown = width / len(cell), _ids_shown(cell, words)
+    gap = min(3, chip / 4)  # between the frame and the chips, and between them: copies, not parts
     for k, device in enumerate(cell):
-        fixed = f'x="{x + k * stripe:g}" y="{y:g}" width="{stripe:g}" height="{CELL_HEIGHT}"'
-        yield f'<rect {fixed} fill="{colours[device]}"/>'
+        fixed = f'x="{x + k * chip + gap:g}" y="{y + gap:g}" rx="{gap:g}"'
+        size = f'width="{chip - 2 * gap:g}" height="{CELL_HEIGHT - 2 * gap:g}"'
+        yield f'<rect {fixed} {size} fill="{colours[device]}"/>'
     for k, word in enumerate(shown):
-        # The stripes are light on a dark page too.
+        # The chips are light on a dark page too.
         yield _word(word, x + (k + 0.5) * width / len(shown), y + 19, ink="#000")
     frame = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{CELL_HEIGHT}"'
     yield f'<rect {frame} fill="none" stroke="#444"/>'
 
 
 # The page
+
+KEY = (
+    "A frame is a block of the array, at its place; a coloured chip in it is a device that holds "
+    "the whole block: several chips, as many copies."
+)
 
 
 def page(experiment: Any) -> str:
@@ -332,7 +339,8 @@ def page(experiment: Any) -> str:
     drawn = [f"<p>More than {MOST_DEVICES} devices are not drawn.</p>"]
     if mesh.size <= MOST_DEVICES:
         pictures = [picture(NamedSharding(mesh, p.spec), p.shape, title=p.path) for p in largest]
-        drawn = [f"<div>{p.svg}</div>" for p in (picture_of_mesh(mesh), *pictures)]
+        drawn = [f"<p>{KEY}</p>"]
+        drawn += [f"<div>{p.svg}</div>" for p in (picture_of_mesh(mesh), *pictures)]
     line = lambda row, tag: "".join(f"<{tag}>{e(word)}</{tag}>" for word in row)  # noqa: E731
     return "\n".join(
         (
