@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from lsdl.experiment import build
 from lsdl.optim.groups import path
 from lsdl.state import TrainState
-from tests.tiny import FAST, drawn, random_batch
+from tests.tiny import FAST, FULL, drawn, random_batch
 
 NAMES = ("loss", "grad_norm", "update_norm", "param_norm")
 
@@ -25,7 +25,7 @@ def curve(config, *, devices=8, steps=20, noise=False, fast=True):
     start = drawn_state(experiment) if noise else _start(_alone(config), fast)
     state = jax.device_put(jax.tree.map(jnp.copy, start), experiment.shardings)
     step = experiment.train_step.lower(experiment.abstract_state, experiment.abstract_batch)
-    step = step.compile(compiler_options=FAST if fast and (noise or config.accum == 1) else None)
+    step = step.compile(compiler_options=FAST if fast and (noise or config.accum == 1) else FULL)
     batches = _noise(experiment, steps) if noise else experiment.train_loader().batches(0, steps)
     rows = []
     for batch in batches:
@@ -49,7 +49,7 @@ def _alone(config):
 def _start(config, fast):
     # One device's start for all: one compilation, and that each mesh starts alike is a test's own.
     init = build(config, devices=jax.devices()[:1]).init
-    return init.lower().compile(compiler_options=FAST if fast else None)()
+    return init.lower().compile(compiler_options=FAST if fast else FULL)()
 
 
 def drawn_state(experiment):
