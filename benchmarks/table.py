@@ -55,7 +55,7 @@ def cells(name: str, match, peer: str, one: dict[str, Any] | None) -> list[str]:
     dropped = f" ({one['dropped']} dropped)" if one["dropped"] else ""
     return [
         title,
-        one["device"],
+        f"{one['device']}, jax {one['versions']['jax']}",
         f"{peer} {one['peer_commit']}",
         *sides,
         share(ratio),
