@@ -162,3 +162,17 @@ MATCHES = {
         close=0.05,
     ),
 }
+
+# What is wanted: at most this much of the peer's time, or at least this MFU.
+GOALS = {
+    ("gpt_4x128", "nanogpt"): ("ratio", 1.0),
+    ("gpt_6x384", "nanogpt"): ("ratio", 1.0),
+    ("vit_ti", "huggingface"): ("ratio", 0.77),
+    ("resnet20", "torch_resnet"): ("ratio", 1.0),
+    ("gpt2_124m", "nanogpt"): ("ratio", 0.77),
+    ("gpt2_124m", "huggingface"): ("ratio", 0.5),
+    ("gpt2_1.5b", "nanogpt"): ("mfu", 0.55),
+    ("llama_1b", "huggingface"): ("mfu_causal", 0.6),
+    ("vit_b16", "timm_vit"): ("ratio", 0.77),
+    ("resnet50", "timm_resnet"): ("ratio", 1.0),
+}

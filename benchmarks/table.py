@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bracket, capacity
-from benchmarks.matches import MATCHES
+from benchmarks.matches import GOALS, MATCHES
 
 FOLDER = Path(__file__).parent
 DOCUMENT, RESULTS = FOLDER / "README.md", FOLDER / "results"
 BEGIN, END = "<!-- {}: made by python -m benchmarks.table -->", "<!-- end of {} -->"
 HEAD = (
-    *("match", "machine", "peer", "lsdl", "theirs", "time, lsdl / theirs"),
+    *("match", "machine", "peer", "lsdl", "theirs", "time, lsdl / theirs", "goal"),
     *("lsdl's MFU (causal)", "n", "date", "commit"),
 )
 
@@ -46,7 +46,8 @@ def row(values) -> str:
 def cells(name: str, match, peer: str, one: dict[str, Any] | None) -> list[str]:
     title = f"`{name}`: {match.title}"
     if one is None:
-        return [title, "", peer, "not yet run", *[""] * (len(HEAD) - 4)]
+        wanted = goal(*GOALS[name, peer])
+        return [title, "", peer, "not yet run", "", "", wanted, *[""] * (len(HEAD) - 7)]
     ratio, rate = one["ratio"], f"{match.unit}_per_s"
     sides = [
         f"{1000 * s['step_s']:.2f} ms, {s[rate]:,.0f} {match.unit}/s"
@@ -59,11 +60,23 @@ def cells(name: str, match, peer: str, one: dict[str, Any] | None) -> list[str]:
         f"{peer} {one['peer_commit']}",
         *sides,
         share(ratio),
+        goal(*GOALS[name, peer], one),
         mfu(one["lsdl"]),
         f"{one['n']}{dropped}",
         one["date"][:10],
         one["commit"][:7],
     ]
+
+
+def goal(of: str, value: float, one: dict[str, Any] | None = None) -> str:
+    """In words; once measured, also whether it is met, or by how much of it it is missed."""
+    wanted = f"{value:.2f}" if of == "ratio" else f"{100 * value:.0f} % MFU"
+    wanted += " (causal)" if of == "mfu_causal" else ""
+    if one is None:
+        return wanted
+    found = one["ratio"]["median"] if of == "ratio" else one["lsdl"][of]
+    missed = found / value - 1 if of == "ratio" else 1 - found / value
+    return f"{wanted}: " + (f"missed by {100 * missed:.0f} %" if missed > 0 else "met")
 
 
 def mfu(own: dict[str, Any]) -> str:

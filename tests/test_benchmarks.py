@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bracket, contest, jpegs, loader, record, run, table
-from benchmarks.matches import MATCHES
+from benchmarks.matches import GOALS, MATCHES
 
 RESULTS = sorted(table.RESULTS.glob("*.json"))
 ALONE = sorted(table.RESULTS.glob("alone/*.json"))
@@ -69,6 +69,17 @@ def test_mfu_is_a_share_of_the_peak_with_causal_attention_whole_or_half():
     known = TOLD["ours"] | {"peak_flops_per_s": 400}
     assert contest.mfu(known, 0.5) == {"mfu": 0.5, "mfu_causal": 0.4}
     assert table.mfu(contest.mfu(known, 0.5)) == "50.0 % (40.0 %)"
+
+
+def test_a_goal_is_met_or_the_table_says_by_how_much_it_is_missed():
+    told = {"ratio": {"median": 0.9}, "lsdl": {"mfu": 0.44, "mfu_causal": 0.6}}
+    assert table.goal("ratio", 0.9, told) == "0.90: met"
+    assert table.goal("ratio", 0.75, told) == "0.75: missed by 20 %"
+    assert table.goal("mfu", 0.55, told) == "55 % MFU: missed by 20 %"
+    assert table.goal("mfu_causal", 0.6, told) == "60 % MFU (causal): met"
+    assert table.goal("ratio", 0.5) == "0.50"
+    pairs = {(name, peer) for name, match in MATCHES.items() for peer in match.peers}
+    assert GOALS.keys() == pairs
 
 
 def test_what_computes_something_else_is_not_timed(quiet):
