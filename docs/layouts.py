@@ -1,6 +1,7 @@
 """The README's figure, from runs of one config on several layouts: python docs/layouts.py RUN ...
 
 Left the loss of each after every step, right how far it lies from the first run's, relative to it.
+Writes layouts.svg beside the first run: the README shows docs/layouts.svg, a copy of it.
 """
 
 import json
@@ -11,8 +12,6 @@ import numpy as np
 
 from lsdl import plots
 from lsdl.metrics import read_rows
-
-FIGURE = Path(__file__).parent / "layouts.svg"
 
 
 def label(folder: Path) -> str:
@@ -35,12 +34,13 @@ def figure(folders: list[Path]) -> plots.Figure:
     }
     (config,) = {json.loads((f / "config.json").read_text())["source"] for f in folders}
     drawn = [
-        plots.lines(curves, title="Training loss", x="step", y="nats"),
+        plots.lines(curves, title="Training loss", x="step", y="nats", among=[*curves]),
         plots.lines(
             apart,
             title=f"Distance from {next(iter(curves))}",
             x="step",
             y="ten-millionths of the loss",
+            among=[*curves],
         ),
     ]
     alt = f"The curves of {len(folders)} layouts lie on one another, to rounding."
@@ -48,5 +48,7 @@ def figure(folders: list[Path]) -> plots.Figure:
 
 
 if __name__ == "__main__":
-    figure([Path(folder) for folder in sys.argv[1:]]).save(FIGURE)
-    print(f"written: {FIGURE}")
+    folders = [Path(folder) for folder in sys.argv[1:]]
+    written = folders[0].parent / "layouts.svg"
+    figure(folders).save(written)
+    print(f"written: {written}")

@@ -30,6 +30,7 @@ NOT_NEGATIVE = (
     *("optim.clip_norm", "eval.probe_shots", "checkpoint.keep_best"),
     *(f"optim.schedule.{name}_factor" for name in ("start", "end", "low")),
     *("optim.schedule.growth_decay", "guard.limit", "guard.audit_every_steps"),
+    *("optim.schedule.peak", "optim.weight_decay"),
     *("optim.eps", "optim.eps_root", "optim.damping", "optim.sam_rho"),
     *("optim.muon_rms", "optim.linesearch_steps", "optim.initial_accumulator"),
 )
@@ -138,7 +139,10 @@ def _read(path: str) -> ConfigDict:
     except Exception as error:  # the file is the user's program
         raise UserError(_failure(file, error)) from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config of {file!r} returns {config!r:.40}, which is no config.")
+        raise UserError(
+            f"get_config of {file!r} returns {config!r:.40}, which is no config: end it with "
+            "return config.lock()."
+        )
     return config
 
 
@@ -264,12 +268,13 @@ def is_of(value: Any, kind: Any) -> bool:
 
 def _check_durations(actual: dict) -> None:
     for name in (*DURATIONS, *OPTIONAL_DURATIONS):
-        spelled = [f"{name}_{u}" for u in UNITS if actual.get(f"{name}_{u}") is not None]
+        units = [unit for unit in UNITS if f"{name}_{unit}" in actual]
+        spelled = [f"{name}_{u}" for u in units if actual[f"{name}_{u}"] is not None]
         needed = name in DURATIONS
         if len(spelled) > 1 or (needed and not spelled):
             given, most = " and ".join(spelled) or "none", "Exactly" if needed else "At most"
             said = "is needed" if needed else "may be given"
-            raise UserError(f"{most} one of {name}_{{{','.join(UNITS)}}} {said}, not {given}.")
+            raise UserError(f"{most} one of {name}_{{{','.join(units)}}} {said}, not {given}.")
         least = 0 if name.endswith("warmup") else 1e-12
         if spelled and actual[spelled[0]] < least:
             rule = "be positive" if least else "not be negative"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import select
 import sys
@@ -14,14 +15,18 @@ from lsdl.rendezvous import flags, meeting, place, run_token
 from lsdl.rollcall import excuse
 
 DEVICES = "JAX_NUM_CPU_DEVICES"  # read when jax is imported, and what is no number fails there
+CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 def start(main: Callable[[], int]) -> NoReturn:
     """Run the entry `main`, and end the process with its code."""
     try:
         number = os.environ.get(DEVICES, "1")
-        if not (number.isascii() and number.isdecimal()):
-            raise UserError(f"{DEVICES}={number!r} must be a whole number: write {DEVICES}=8.")
+        if not (number.isascii() and number.isdecimal() and int(number)):
+            raise UserError(
+                f"{DEVICES}={number!r} must be a whole number of at least 1: write {DEVICES}=8."
+            )
+        _check_platforms(os.environ.get("JAX_PLATFORMS", ""))
         code = main()
     except UserError as error:
         code = refuse(error)
@@ -29,7 +34,28 @@ def start(main: Callable[[], int]) -> NoReturn:
         if not _unread():
             raise
         code = UNREAD
+    except RuntimeError as error:
+        if not (sentence := _no_backend(error)):
+            raise
+        code = refuse(UserError(sentence))
     leave(code)
+
+
+def _check_platforms(asked: str) -> None:
+    """Raise `UserError` for CUDA without jax's plugin for it, where jax only fails an assertion."""
+    if "cuda" in asked.split(",") and not any(map(importlib.util.find_spec, CUDA)):
+        raise UserError(
+            f"JAX_PLATFORMS={asked} needs jax's plugin for CUDA, which is not installed: unset it, "
+            "or pip install -e '.[cuda]'."
+        )
+
+
+def _no_backend(error: BaseException) -> str:
+    """The sentence for devices that cannot be had, "" if `error` is another."""
+    if not isinstance(error, RuntimeError) or "Unable to initialize backend" not in str(error):
+        return ""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    return f"JAX_PLATFORMS={asked} cannot be had here ({str(error).splitlines()[0]}): unset it."
 
 
 def _unread() -> bool:
@@ -57,9 +83,11 @@ def framed(work: Callable[[argparse.Namespace, list[str]], int], parser, argv) -
             return INTERRUPTED
         except SystemExit as left:  # another process tells why
             return left.code if isinstance(left.code, int) else int(left.code is not None)
-        except Exception:
+        except Exception as error:
             from lsdl.processes import explain
 
+            if sentence := _no_backend(error):
+                return refuse(UserError(sentence))
             return explain()
 
 

@@ -21,9 +21,9 @@ def check(
     left = [part for part in answers if part not in given]
     said, wrong = "", []
     if not callable(truth):
-        assert answers.keys() == truth.keys(), f"answer these: {', '.join(truth)}."
+        assert answers.keys() == truth.keys(), f"answer these: {'; '.join(truth)}."
         wrong = [p for p in given if not math.isclose(given[p], truth[p], rel_tol=relative)]
     elif not left and (found := truth(given)):
         said, wrong = f" ({found})", given
     assert not wrong, f"think again about: {'; '.join(f'{p} = {given[p]}' for p in wrong)}{said}."
-    print(f"Still open: {', '.join(left)}." if left else "All right.")
+    print(f"Still open: {'; '.join(left)}." if left else "All right.")

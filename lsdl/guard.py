@@ -196,7 +196,7 @@ class Verdicts:
         return None
 
 
-REST = "in another --workdir; the newest checkpoint has the state before."
+REST = "in another --workdir; the newest checkpoint, if there is one, has the state before."
 
 
 def _broken(step: int, metrics: dict[str, Any]) -> str:
@@ -212,7 +212,10 @@ def _too_many(step: int, in_a_row: int, metrics: dict[str, Any]) -> str:
     wrong = [name for name, value in values.items() if not np.isfinite(value)]
     what = "were spikes" if metrics[SPIKED] else "were not finite"
     shown = ", ".join(f"{name} {values[name]:.6g}" for name in wrong or values)
+    mend = "lower optim.schedule.peak, or set optim.clip_norm,"
+    if in_a_row == step:
+        mend = "as no step was good, look at the model and its data first, and begin anew"
     return (
         f"{in_a_row} steps in a row up to step {step:,} {what} and changed nothing (the last: "
-        f"{shown}): lower optim.schedule.peak, or set optim.clip_norm, {REST}"
+        f"{shown}): {mend} {REST}"
     )

@@ -171,10 +171,12 @@ def lines(
     published: Series | None = None,
     joined: bool = True,
     diagonal: bool = False,
+    among: Sequence[str] = (),
     alt: str = "",
 ) -> Figure:
     """Lines, each with its label at its end.
 
+    `among`: the labels of several figures, in each of which a label then has the same colour.
     `band`: (low, high) or (low, high, label), a range of y that is shaded, such as a claim's.
     `levels`: {label: y}, dashed lines across. `published`: others' points, drawn hollow.
     """
@@ -196,7 +198,8 @@ def lines(
         ends = []
         under = marks.buried([*ours.values()], logy)
         for i, (label, values) in enumerate(ours.items()):
-            ends.append((label, marks.line(axes, values, i, joined, few, under[i])))
+            number = among.index(label) if label in among else i
+            ends.append((label, marks.line(axes, values, number, joined, few, under[i])))
         hollow = dict(zip(theirs, itertools.cycle(marks.HOLLOW), strict=False))
         for label, values in theirs.items():
             style = dict(color=marks.INK, markerfacecolor="none", markersize=6)

@@ -67,17 +67,19 @@ def _lines(groups, split: str, name: str, *, title: str, y: str, log=False) -> p
 
 def _drawn(found: Mapping[str, Table | None], *, title: str, y: str, log=False):
     """A line for each that has values, without its label if it is the only one."""
+    among = [*found]
     found = {label: table for label, table in found.items() if table}
     if not found:
         return None
     alone = len(found) == 1
     if alone:
-        found = {"": next(iter(found.values()))}
+        ((name, only),) = found.items()
+        found, among = {"": only}, ["" if label == name else label for label in among]
     ys = [value for table in found.values() for value in table[1] if value > 0]
     log = log and max(ys, default=1) > 5 * min(ys, default=1)
     words = "" if alone else f", a line for each of {', '.join(found)}"
     alt = f"{title}: {y} by step{words}"
-    return plots.lines(found, title=title, x="step", y=y, logy=log, alt=alt)
+    return plots.lines(found, title=title, x="step", y=y, logy=log, among=among, alt=alt)
 
 
 def _metric_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
@@ -107,6 +109,8 @@ def _schedule_figures(groups: Sequence[Group]) -> Iterator[plots.Figure | None]:
             pairs = range(1, len(steps))
             size = [(seen[i] - seen[i - 1]) / (steps[i] - steps[i - 1]) for i in pairs]
             sizes[group.label] = (steps[1:], size)
+        else:
+            sizes[group.label] = None
     yield _drawn(sizes, title="Batch size", y="examples a step")
 
 

@@ -233,8 +233,8 @@ class RunDir:
             good = isinstance(stored["config"], dict) and isinstance(stored["history"], list)
         except (UserError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.config} is not what lsdl writes ({error}): mend it, or choose another "
-                "--workdir."
+                f"{self.config} is not what lsdl writes ({error.__cause__ or error}): mend it, or "
+                "choose another --workdir."
             ) from error
         if not good:
             raise UserError(f"{self.config} is not what lsdl writes: choose another --workdir.")

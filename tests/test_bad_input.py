@@ -228,6 +228,11 @@ CASES = {
         ["--config.optim.schedule.start_factor=-1"],
         ["start_factor=-1.0 must not be negative"],
     ),
+    "a rate that climbs": (
+        ["--config.optim.schedule.peak=-1", "--eval-only"],
+        ["peak=-1.0 must not be negative"],
+    ),
+    "a decay that grows": (["--config.optim.weight_decay=-1", "--eval-only"], ["decay=-1.0 must"]),
     "negative clipping": (["--config.optim.clip_norm=-1", "--eval-only"], ["clip_norm=-1"]),
     "negative keep": (["--config.checkpoint.keep_best=-1", "--eval-only"], ["keep_best=-1"]),
     "dropout of more than all": (["--config.model.dropout=7", "--eval-only"], ["dropout=7"]),

@@ -156,7 +156,7 @@ def test_file_is_read_anew_each_time(write, monkeypatch):
         ("optim.schedule.peak=3e-4", 3e-4),
         ("optim.schedule.peak=1", 1.0),
         ("optim.b1=0", 0.0),
-        ("optim.weight_decay=-0.5", -0.5),
+        ("optim.schedule.decay_factor=-0.5", -0.5),
         ("optim.nesterov=true", True),
         ("optim.nesterov=True", True),
         ("log.tensorboard=false", False),
@@ -282,7 +282,7 @@ def test_group_is_no_field(resolve, group):
     [
         (["--config.seed", "7"], {"seed": 7}),
         (["--config.seed", "7", "--config.name", "x"], {"seed": 7, "name": "x"}),
-        (["--config.optim.weight_decay", "-0.5"], {"optim.weight_decay": -0.5}),
+        (["--config.optim.schedule.decay_factor", "-0.5"], {"optim.schedule.decay_factor": -0.5}),
         (["--config.data.transforms", "('a', 'b')"], {"data.transforms": ("a", "b")}),
         (["--config.seed=7", "--config.seed=8"], {"seed": 8}),
         (["--config.total_steps=7", "--config.total_steps=8"], {"total_steps": 8}),
@@ -336,6 +336,18 @@ def test_spelling_on_the_command_line_clears_its_siblings(write, field):
     after = flatten(configs.load(write(), [f"--config.{field}=5"])[0])
     cleared = SET[field.rpartition("_")[0]]
     assert after == before | {cleared: None} | {field: 5}
+
+
+def test_a_file_with_two_spellings_of_a_duration_is_told_those_that_there_are(write):
+    file = write(extra="config.total_steps = 3")
+    said = (
+        r"one of total_\{steps,epochs,examples,tokens\} is needed, not total_steps and total_epochs"
+    )
+    with pytest.raises(UserError, match=said):
+        configs.load(file)
+    file = write(extra="config.eval.every_percent = 3.0")
+    with pytest.raises(UserError, match=r"eval.every_\{steps,epochs,examples,tokens,percent\}"):
+        configs.load(file)
 
 
 def test_spellings_of_different_durations_are_independent(resolve):

@@ -64,11 +64,27 @@ def test_another_broken_pipe_is_told():
     assert ended.stderr.endswith("BrokenPipeError: of a worker\n")
 
 
-@pytest.mark.parametrize("number", ["eight", "", "1.5", "-2"])
+@pytest.mark.parametrize("asked", ["cuda", "cpu,cuda", "gpu", "cpuu"])
+def test_devices_that_cannot_be_had_are_refused_in_one_line(asked):
+    environment = os.environ | {"JAX_PLATFORMS": asked}
+    ended = started("import jax; jax.devices()", capture_output=True, env=environment)
+    assert (ended.returncode, ended.stdout) == (BAD_INPUT, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"lsdl: JAX_PLATFORMS={asked} ")
+    assert "unset it" in line
+
+
+def test_an_error_of_another_kind_is_no_question_of_devices():
+    ended = started("raise RuntimeError('of a worker')", capture_output=True)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: of a worker\n")
+
+
+@pytest.mark.parametrize("number", ["eight", "", "1.5", "-2", "0"])
 def test_a_number_of_devices_that_is_none_is_refused_in_one_line(number):
     environment = os.environ | {entry.DEVICES: number}
     ended = started("import jax", capture_output=True, env=environment)
-    said = f"lsdl: JAX_NUM_CPU_DEVICES={number!r} must be a whole number: "
+    said = f"lsdl: JAX_NUM_CPU_DEVICES={number!r} must be a whole number of at least 1: "
     assert (ended.returncode, ended.stdout) == (BAD_INPUT, "")
     assert ended.stderr.startswith(said)
     assert ended.stderr.count("\n") == 1

@@ -204,6 +204,10 @@ def test_the_plan_prints_every_parameter_and_writes_a_page_that_needs_no_other(
     tags.feed(page.read_text())
     assert tags.seen.count("svg") == 1 + inspect.MOST_PICTURES
     assert inspect.KEY in page.read_text()
+    number = sum(p.path.startswith("params/") for p in built.placements)
+    assert (
+        f"Of {number} parameters the {inspect.MOST_PICTURES} largest are drawn" in page.read_text()
+    )
     assert not {"script", "link", "img"} & set(tags.seen)
     assert {placement.path for placement in built.placements} <= set(tags.words)
 

@@ -63,14 +63,14 @@ def test_every_notebook_with_solutions_exists():
 def test_a_check_says_what_is_open_and_what_is_wrong_but_not_the_truth(capsys):
     truth = {"bytes": 64, "copies": 2.0}
     check({"bytes": None, "copies": None}, truth)
-    assert capsys.readouterr().out == "Still open: bytes, copies.\n"
+    assert capsys.readouterr().out == "Still open: bytes; copies.\n"
     check({"bytes": 64, "copies": None}, truth)
     assert capsys.readouterr().out == "Still open: copies.\n"
     check({"bytes": 65, "copies": 2}, truth, relative=0.02)
     assert capsys.readouterr().out == "All right.\n"
     with pytest.raises(AssertionError, match=r"^think again about: bytes = 65\.$"):
         check({"bytes": 65, "copies": 2}, truth)
-    with pytest.raises(AssertionError, match="answer these: bytes, copies"):
+    with pytest.raises(AssertionError, match="answer these: bytes; copies"):
         check({"bytes": 64}, truth)
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from lsdl import checks, components, experiment
 from lsdl.errors import UserError
-from lsdl.models.layers import dense
+from lsdl.models.layers import conv, dense
 
 
 class Own(nn.Module):
@@ -82,6 +82,8 @@ def test_a_misspelt_role_is_named_with_the_nearest(build):
 def test_a_role_too_few_is_refused(build):
     with pytest.raises(UserError, match=r"dense 'in' has axes=.*name two"):
         build(roles=("embed",))
+    with pytest.raises(UserError, match=r"conv 'in' has axes=.*name two"):
+        conv(8, 3, axes=("conv_in", "conv_out", "x"), dtype=float, name="in")
 
 
 @pytest.mark.parametrize(("shape", "good"), [((4, 3), True), ((4, 1), False), ((4,), False)])

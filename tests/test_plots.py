@@ -96,6 +96,13 @@ def test_of_lines_on_top_of_each_other_each_is_seen():
     assert set(widths({"a": ([1, 2], [1, 1]), "b": ([1, 2], [1, 1])})) != {marks.THICK}
 
 
+def test_a_label_has_one_colour_in_all_figures_of_its_kind():
+    drawn = {"b": (XS, XS), "c": (XS, 2 * XS)}
+    for among, colours in (((), (0, 1)), (("a", "b", "c"), (1, 2))):
+        svg = plots.lines(drawn, title="t", x="x", y="y", among=among).svg()
+        assert {c for c in marks.PALETTE if c in svg} == {marks.PALETTE[i] for i in colours}
+
+
 def test_a_label_is_shown_as_it_is():
     label = r"a_$\frac{1}$ <b> & 字"
     svg = plots.lines({label: ([1, 2], [1, 2])}, title="<i>", x="$x^", y="y").svg()

@@ -139,6 +139,16 @@ def test_groups_are_called_by_what_they_differ_in(tmp_path):
     assert "What differs" in text
 
 
+def test_a_run_keeps_its_colour_where_another_has_no_values():
+    table = ([1, 2], [1.0, 2.0])
+    both = reporting._drawn({"a": table, "b": table}, title="t", y="y").svg()
+    alone = reporting._drawn({"a": None, "b": table}, title="t", y="y").svg()
+    assert marks.PALETTE[0] in both
+    assert marks.PALETTE[1] in both
+    assert marks.PALETTE[0] not in alone
+    assert marks.PALETTE[1] in alone
+
+
 def test_a_run_without_values_or_environment_is_reported_as_it_is(tmp_path):
     run = made(tmp_path / "a")
     (run / "metrics.jsonl").write_text("")

@@ -201,6 +201,8 @@ def conv(
     With `groups`, each group of outputs sees its own share of the inputs; as many groups as inputs
     is a depthwise convolution.
     """
+    if len(axes) != 2:
+        raise UserError(f"conv {name!r} has axes={axes!r}: name two, of its inputs and outputs.")
     return nn.Conv(
         features,
         (size, size),

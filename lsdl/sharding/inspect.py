@@ -323,7 +323,7 @@ def _cell(
 
 KEY = (
     "A frame is a block of the array, at its place; a coloured chip in it is a device that holds "
-    "the whole block: several chips, as many copies."
+    "the whole block: several chips, as many copies. The last two dims are the rows and columns."
 )
 
 
@@ -339,7 +339,8 @@ def page(experiment: Any) -> str:
     drawn = [f"<p>More than {MOST_DEVICES} devices are not drawn.</p>"]
     if mesh.size <= MOST_DEVICES:
         pictures = [picture(NamedSharding(mesh, p.spec), p.shape, title=p.path) for p in largest]
-        drawn = [f"<p>{KEY}</p>"]
+        most = f"Of {len(params)} parameters the {len(largest)} largest are drawn, and all listed."
+        drawn = [f"<p>{KEY} {most}</p>"]
         drawn += [f"<div>{p.svg}</div>" for p in (picture_of_mesh(mesh), *pictures)]
     line = lambda row, tag: "".join(f"<{tag}>{e(word)}</{tag}>" for word in row)  # noqa: E731
     return "\n".join(
