@@ -111,6 +111,8 @@ def check(asked: Any) -> None:
         raise UserError(f"--hardware={asked.hardware} needs a --target that names one of its rows.")
     if (_span(asked) or asked.search) and not asked.target:
         raise UserError("--search and --devices N..M need a --target, such as gpu:h100:8x8.")
+    if asked.analytic and not asked.target:
+        raise UserError("--analytic needs a --target, such as gpu:h100:8x8: times are of a device.")
 
 
 def _span(asked: Any) -> bool:

@@ -629,6 +629,14 @@ def test_a_name_that_nobody_knows_is_an_error(empty):
         sources.card("tfds:nothing")
 
 
+def test_a_name_with_a_slip_is_told_the_set_that_is_there(empty):
+    with pytest.raises(UserError, match=r"docs/howto/data\.md"):
+        sources.card("tfds:toyshapes")
+    (empty / "toy_shapes").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"Did you mean 'tfds:toy_shapes'\?"):
+        sources.card("tfds:toyshapes")
+
+
 @pytest.mark.parametrize("name", ["", "a b", "../a", "cifar10/nothing", "cifar10:9.9.9", "titanic"])
 def test_a_name_that_tfds_refuses_is_an_error(empty, name):
     with pytest.raises(UserError, match=r"knows no data set|not on disk|names a file"):

@@ -86,6 +86,13 @@ def test_a_role_too_few_is_refused(build):
         conv(8, 3, axes=("conv_in", "conv_out", "x"), dtype=float, name="in")
 
 
+def test_a_rule_for_a_role_that_no_dim_has_is_told_the_nearest(load):
+    config = ConfigDict(load("digits_mlp:smoke", "mesh=data=4,tensor=2"))
+    config.rules = (("batch", "data"), ("mpl", "tensor"))
+    with pytest.raises(UserError, match="No dim has the role 'mpl'; did you mean 'mlp'"):
+        experiment.build(config, devices=8)
+
+
 @pytest.mark.parametrize(("shape", "good"), [((4, 3), True), ((4, 1), False), ((4,), False)])
 def test_regression_wants_a_number_for_each_target(load, shape, good):
     config = load("digits_mlp:smoke", "task=regression", "data.source=teacher:6:3:8")

@@ -282,6 +282,7 @@ def test_bytes_are_shortened():
         (["--depth=-1"], ["--depth=-1", "at least 0"]),
         (["--json=none/plan.json"], ["--json=none/plan.json", "folder"]),
         (["--json=."], ["--json=.", "folder"]),
+        (["--analytic"], ["--analytic needs a --target"]),
         (["--workdir=x"], ["'--workdir=x'"]),
     ],
 )

@@ -5,6 +5,7 @@ planned and traced anywhere. What a reader is, `readers` says.
 """
 
 import contextlib
+import difflib
 import functools
 import inspect
 import io
@@ -355,9 +356,12 @@ def _builder(source: str) -> tfds.core.DatasetBuilder:
         if "No module named" in str(error) or _is_stock(source):
             raise _missing(source) from error
         reason = str(error).strip().partition("\n")[0]
+        there = sorted(path.name for path in data_dir().glob("*/"))
+        near = difflib.get_close_matches(name, there, n=1)
+        hint = f" Did you mean 'tfds:{near[0]}'?" if near else " docs/howto/data.md prepares one."
         raise UserError(
             f"TFDS knows no data set {name!r} that could be read, and {data_dir()} holds none of "
-            f"that name ({type(error).__name__}: {reason})."
+            f"that name ({type(error).__name__}: {reason}).{hint}"
         ) from error
 
 

@@ -15,10 +15,11 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lsdl.errors import UserError
+from lsdl.errors import UserError, nearest
 from lsdl.sharding.mesh import BATCH_AXES
 from lsdl.sharding.rules import (
     LAW,
+    TABLES,
     UNSPLIT,
     Axes,
     ParamRules,
@@ -138,9 +139,13 @@ def check_used(mesh: Mesh | AbstractMesh, placements: Sequence[Placement], rules
             used |= set(axes_of(axes))
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
+            known = roles | {role for table in TABLES.values() for role, _ in table}
+            lost = [name for name, axes in rules if axis in axes_of(axes) and name not in known]
+            known -= {None}
+            hint = f" No dim has the role {lost[0]!r}; {nearest(lost[0], known)}" if lost else ""
             raise UserError(
                 f"The mesh axis {axis}={size} splits nothing in this model under these rules: "
-                f"give its devices to another axis, or choose other rules."
+                f"give its devices to another axis, or choose other rules.{hint}"
             )
 
 
